@@ -1,0 +1,48 @@
+# Every target makes what it needs: on a machine with Python 3.11 and make, `make demo` is the first command.
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+TORCH  ?= torch==2.13.0
+JOBS   ?= 2
+ARGS   ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+
+export HF_HUB_OFFLINE ?= 1
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench wheel-check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/dev.stamp ## the four problems, before and after nxfx
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/dev.stamp ## run the tests (JOBS=2 processes, ARGS="-k narrow")
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+lint: $(VENV)/dev.stamp ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/dev.stamp ## time the pipeline against torch.export
+	PYTHONPATH=.:tests $(BIN)/python tests/bench/pipeline.py $(ARGS)
+
+wheel-check: $(VENV)/dev.stamp ## build the wheel and try it in a clean environment, away from this tree
+	TORCH='$(TORCH)' .ci/wheel-check $(BIN)/python
+
+clean: ## remove the environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find nxfx passes tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone: its pinned version decides what everything after it resolves to.
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install '$(TORCH)'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(BIN)/python -m pip install -e '.[dev]'
+	touch $@

@@ -1,0 +1,39 @@
+"""nxfx: a PyTorch model compiled for AWS Neuron should compute what its author wrote."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nxfx.errors import CaptureError, NxfxError, PassError, PrepareError, RangeError, UsageError
+
+if TYPE_CHECKING:
+    from nxfx.api import check, prepare
+    from nxfx.compile import compile
+    from nxfx.pipeline import Pass, PassContext, PassResult, Pipeline
+    from nxfx.prepared import PreparedModule
+    from nxfx.report import Finding, Location, Report, Rewrite
+    from nxfx.storage import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError", "Finding", "Location", "NxfxError", "Pass", "PassContext", "PassError", "PassResult", "Pipeline", "PrepareError",
+    "PreparedModule", "RangeError", "Report", "Rewrite", "UsageError", "check", "compile", "load", "prepare",
+]  # fmt: skip
+
+_WHERE = {
+    "check": "nxfx.api", "prepare": "nxfx.api", "compile": "nxfx.compile", "load": "nxfx.storage", "PreparedModule": "nxfx.prepared",
+    "Pass": "nxfx.pipeline", "PassContext": "nxfx.pipeline", "PassResult": "nxfx.pipeline", "Pipeline": "nxfx.pipeline",
+    "Finding": "nxfx.report", "Location": "nxfx.report", "Report": "nxfx.report", "Rewrite": "nxfx.report",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # `import nxfx` costs what torch's entry-point scan can bear: the rooms are opened when they are asked for.
+    if name not in _WHERE:
+        raise AttributeError(f"module 'nxfx' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value

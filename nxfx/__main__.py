@@ -1,0 +1,5 @@
+"""``python -m nxfx``."""
+
+from nxfx.cli import main
+
+main()

@@ -1,0 +1,121 @@
+"""Which members become float32: grown from where integers are rounded, trimmed to what gains by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from nxfx.analysis.integer_origin import METADATA, Family, IntegerOrigins
+
+_ARITHMETIC = (Family.COMPUTE, Family.OUTER)
+
+
+@dataclass
+class Region:
+    """Members to be computed in float32.
+
+    Attributes:
+        nodes: the members, in topological order.
+        causes: sensitive ops that are the reason, where no rounded integer is.
+    """
+
+    nodes: dict[fx.Node, None] = field(default_factory=dict)
+    causes: list[fx.Node] = field(default_factory=list)
+
+
+def grow(origins: IntegerOrigins) -> Region:
+    """The region of a graph. Each member is entered at most once forwards and once backwards.
+
+    Forwards: from a rounded integer, or a sensitive op with a rounded operand, to every member that is made of it. Backwards: to
+    the rounded operands of these. Then what merely carries a value to where it is rounded anyway is left out, and what is
+    exact and feeds the region only is taken in, since that saves a cast.
+    """
+    growth = _Growth(origins)
+    for node, entry in origins.entries.items():
+        if not entry.mask:
+            growth.forwards(node)
+    causes = []
+    for node in origins.sensitive:
+        grown = len(growth.nodes)
+        growth.backwards(node)
+        member = origins.members.get(node)
+        if member is not None and member.low is not None:
+            growth.forwards(node)
+        if len(growth.nodes) > grown:
+            causes.append(node)
+    kept = growth.trimmed()
+    return Region({n: None for n in origins.members if n in kept}, causes)
+
+
+class _Growth:
+    def __init__(self, origins: IntegerOrigins) -> None:
+        self.origins = origins
+        self.nodes: set[fx.Node] = set()
+        self._forwards: set[fx.Node] = set()
+        self._backwards: set[fx.Node] = set()
+
+    def forwards(self, seed: fx.Node) -> None:
+        pending = [seed]
+        while pending:
+            node = pending.pop()
+            if node in self._forwards:
+                continue
+            self._forwards.add(node)
+            self.nodes.add(node)
+            self.backwards(node)
+            for user in node.users:
+                member = self.origins.members.get(user)
+                if member is not None and member.low is not None and member.family is not Family.FACTORY:
+                    pending.append(user)
+
+    def backwards(self, seed: fx.Node) -> None:
+        pending = [seed]
+        while pending:
+            node = pending.pop()
+            if node in self._backwards:
+                continue
+            self._backwards.add(node)
+            member = self.origins.members.get(node)
+            for value in member.values if member is not None else node.all_input_nodes:
+                operand = self.origins.members.get(value) if isinstance(value, fx.Node) else None
+                if operand is not None and operand.rounded:
+                    if operand.low is not None:
+                        self.nodes.add(value)
+                    pending.append(value)
+
+    def trimmed(self) -> set[fx.Node]:
+        members, kept = self.origins.members, set[fx.Node]()
+        refined = self._refined()
+        for node in reversed(members):
+            member = members[node]
+            if node in self.nodes:
+                if member.family in _ARITHMETIC or self._joins(node, refined) or any(self._gains(u, kept) for u in node.users):
+                    kept.add(node)
+            elif member.low is not None and not member.rounded and (member.integer or member.family is Family.FACTORY):
+                users = [u for u in node.users if u.target not in METADATA]
+                if users and not member.tables and not member.learned and all(u in kept for u in users):
+                    kept.add(node)
+        for node in members:  # the outputs of a multi-output op change together
+            if isinstance(node.meta.get("val"), (list, tuple)) and node in kept:
+                kept.update(node.users)
+        return kept
+
+    def _gains(self, user: fx.Node, kept: set[fx.Node]) -> bool:
+        """Whether ``user`` makes something of the unrounded value."""
+        if user in kept or user in self.origins.sinks:
+            return True
+        member = self.origins.members.get(user)
+        return member is not None and member.low is None and member.family is not Family.FACTORY
+
+    def _refined(self) -> set[fx.Node]:
+        refined = set[fx.Node]()
+        for node, member in self.origins.members.items():
+            if node in self.nodes and (member.family in _ARITHMETIC or any(v in refined for v in member.values)):
+                refined.add(node)
+        return refined
+
+    def _joins(self, node: fx.Node, refined: set[fx.Node]) -> bool:
+        """Whether ``node`` puts refined values together, so that one cast back after it does for all of them."""
+        member = self.origins.members[node]
+        return member.family is Family.SELECT and len({v for v in member.values if v in refined}) > 1

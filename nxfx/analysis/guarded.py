@@ -1,0 +1,119 @@
+"""Bounds that hold only where a ``where`` looks: ``where(x < 8, x, log(x / 8).to(int64))`` never reads log(0).
+
+Bucketed relative positions (T5 and everything after it) cast minus infinity to int64 in a branch that ``where`` then discards. On
+the side of a comparison that selects a branch the compared value has tighter bounds, and so has every element-wise value computed
+from it. Values that only this ``where`` reads need to be right only there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis import dtype_rules
+from nxfx.analysis.intervals import INT32, Interval, Ranges, fits, join
+from nxfx.analysis.range_rules import RULES, overloads, within
+from nxfx.graph import meta
+
+aten = torch.ops.aten
+
+# Element-wise ops that raise for no operand, so that what they make of a discarded element does not matter.
+_HARMLESS = frozenset(
+    overloads("add", "sub", "mul", "neg", "abs", "minimum", "maximum", "clamp", "clamp_min", "clamp_max", "log", "log2", "sqrt",
+              "floor", "ceil", "round", "trunc", "exp", "true_divide")
+    + [aten._to_copy.default, aten.max.other, aten.min.other, aten.div.Tensor, aten.div.Scalar]
+)  # fmt: skip
+# Ops that read a tensor's shape and dtype, not its values.
+_TEMPLATES = frozenset(
+    [*overloads("full_like", "zeros_like", "ones_like", "empty_like"), aten._assert_tensor_metadata.default]
+)
+_LIMIT = 32
+_BELOW = {aten.lt.Scalar: 1, aten.lt.Tensor: 1, aten.le.Scalar: 0, aten.le.Tensor: 0}
+_ABOVE = {aten.gt.Scalar: 1, aten.gt.Tensor: 1, aten.ge.Scalar: 0, aten.ge.Tensor: 0}
+
+
+def refine(ranges: Ranges, where: fx.Node) -> None:
+    """Tighten the bounds of a ``where`` that does not fit int32, and of what only it reads, as far as its condition allows."""
+    found = _refined(ranges, where)
+    if found is None:
+        return
+    with ranges.strict():
+        proved = _refined(ranges, where)
+    for node, bounds in found.items():
+        ranges.tighten(node, bounds, None if proved is None else proved.get(node))
+
+
+def _refined(ranges: Ranges, where: fx.Node) -> dict[fx.Node, Interval] | None:
+    condition, *branches = where.args
+    results: list[Interval] = []
+    inside: dict[fx.Node, Interval] = {}
+    for branch, holds in zip(branches, (True, False), strict=True):
+        bounds = ranges.read(branch)
+        if bounds is None:
+            return None
+        if not fits(bounds, INT32) and isinstance(branch, fx.Node):
+            constraint = _constraint(ranges, condition, holds)
+            if constraint is None:
+                return None
+            chain = _chain(branch, constraint[0])
+            if chain is None:
+                return None
+            found = _evaluate(ranges, chain, *constraint)
+            if constraint[1] is not None:
+                results.append(found[branch])
+            readers = {*chain, where}
+            inside |= {n: b for n, b in found.items() if all(u in readers or u.target in _TEMPLATES for u in n.users)}
+        else:
+            results.append(bounds)
+    return {where: join(*results), **inside} if results and inside else None
+
+
+def _constraint(ranges: Ranges, condition: Any, holds: bool) -> tuple[fx.Node, Interval | None] | None:
+    """The compared value and its bounds where ``condition`` is ``holds``; None for bounds where it never is."""
+    if not isinstance(condition, fx.Node) or condition.target not in _BELOW | _ABOVE:
+        return None
+    value, limit = condition.args[0], ranges.read(condition.args[1])
+    bounds = ranges.read(value)
+    if not isinstance(value, fx.Node) or bounds is None or limit is None:
+        return None
+    below = (condition.target in _BELOW) == holds
+    margin = _BELOW.get(condition.target, _ABOVE.get(condition.target, 0))
+    margin = margin if holds else 1 - margin
+    low, high = (bounds[0], min(bounds[1], limit[1] - margin)) if below else (max(bounds[0], limit[0] + margin), bounds[1])
+    return value, (low, high) if low <= high else None
+
+
+def _chain(branch: fx.Node, value: fx.Node) -> list[fx.Node] | None:
+    """The element-wise values from ``value`` to ``branch``, in order; None when there is no such way."""
+    order: list[fx.Node] = []
+    seen: dict[fx.Node, bool] = {value: True}
+
+    def depends(node: fx.Node) -> bool:
+        if node not in seen:
+            seen[node] = False
+            if len(seen) <= _LIMIT and node.target in _HARMLESS:
+                seen[node] = any([depends(n) for n in node.all_input_nodes])
+                if seen[node]:
+                    order.append(node)
+        return seen[node]
+
+    return order if depends(branch) else None
+
+
+def _evaluate(
+    ranges: Ranges, chain: list[fx.Node], value: fx.Node, bounds: Interval | None
+) -> dict[fx.Node, Interval]:
+    """Bounds of the integers in ``chain`` when ``value`` is in ``bounds``; where that never happens anything goes."""
+    integers = [n for n in chain if dtype_rules.is_integral(meta.dtype_of(n))]
+    if bounds is None:
+        return dict.fromkeys(integers, (0, 0))
+    found: dict[fx.Node, Interval] = {}
+    with ranges.supposing({value: bounds}) as supposed:
+        for node in integers:
+            dtype = meta.dtype_of(node)
+            assert dtype is not None
+            rule = RULES.get(node.target)
+            found[node] = supposed[node] = within(rule(node, ranges) if rule else None, dtype_rules.integer_bounds(dtype))
+    return found

@@ -1,0 +1,96 @@
+"""What an input's own unconditional uses say of its values: an index that is out of bounds raises in the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis.range_rules import PRESERVING_VIEWS
+from nxfx.analysis.intervals import Interval, Ranges, arg
+from nxfx.graph import meta
+
+aten = torch.ops.aten
+
+# op → (position of the indexed tensor, position of the index, position of the dim or None for dim 0).
+_FROM_ZERO = {
+    aten.embedding.default: (0, 1, None),
+    aten.index_select.default: (0, 2, 1),
+    aten.gather.default: (0, 2, 1),
+    aten.scatter.src: (0, 2, 1),
+    aten.scatter.value: (0, 2, 1),
+    aten.scatter_add.default: (0, 2, 1),
+}
+_EITHER_SIDE = frozenset({aten.index.Tensor, aten.index_put.default})
+
+
+def implied_range(ranges: Ranges, source: fx.Node) -> tuple[Interval, str] | None:
+    """The tightest range that an index op implies for the very values of ``source``, with its reason in words.
+
+    Only through ops that keep every element and every value (views, copies, widening casts): a slice or a wrapping cast says
+    nothing of the rest. A use inside a branch is in another graph and is not seen here.
+    """
+    best: tuple[Interval, str] | None = None
+    for user, value in _uses(source):
+        found = _bounds_by(ranges, user, value)
+        if found is not None and (best is None or found[1] - found[0] < best[0][1] - best[0][0]):
+            best = found, f"it indexes {user.target}"
+    return best
+
+
+def _uses(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Every use of ``source`` itself, seen through value-preserving views: (user, the view used)."""
+    pending = [source]
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            if user.target in PRESERVING_VIEWS or _keeps_values(user):
+                pending.append(user)
+            else:
+                yield user, value
+
+
+def _keeps_values(node: fx.Node) -> bool:
+    if node.target is aten.expand.default:
+        return True  # an expansion to nothing is caught by the empty result below
+    if node.target is not aten._to_copy.default:
+        return False
+    # A cast that nxfx made is checked by the boundary; the model's own int64 -> int32 wraps.
+    return meta.dtype_of(node) is torch.int64 or node.meta.get("nxfx", {}).get("made_by") == "narrow-64bit"
+
+
+def _bounds_by(ranges: Ranges, user: fx.Node, value: fx.Node) -> Interval | None:
+    if user.op != "call_function":
+        return None
+    size: Any = None
+    either_side = False
+    if user.target in _FROM_ZERO:
+        table, index, dim = _FROM_ZERO[user.target]
+        if len(user.args) <= index or user.args[index] is not value:
+            return None
+        size = _size(user.args[table], 0 if dim is None else user.args[dim])
+    elif user.target in _EITHER_SIDE:
+        indices = arg(user, 1, "indices")
+        position = next((i for i, one in enumerate(indices) if one is value), None)
+        if position is None or any(meta.dtype_of(i) in (torch.bool, torch.uint8) for i in indices if i is not None):
+            return None  # a mask index takes as many dims as it has
+        size, either_side = _size(user.args[0], position), True
+    if size is None or not _is_never_empty(ranges, user, value):
+        return None
+    high = ranges.symbolic(size)[1]
+    return (-high if either_side else 0, high - 1) if high > 0 else None
+
+
+def _size(table: Any, dim: Any) -> Any:
+    tensor = meta.val(table) if isinstance(table, fx.Node) else None
+    if not isinstance(tensor, torch.Tensor) or not isinstance(dim, int) or tensor.dim() == 0:
+        return None
+    return tensor.shape[dim]
+
+
+def _is_never_empty(ranges: Ranges, user: fx.Node, value: fx.Node) -> bool:
+    """Bounds are checked only where something is read: an empty result proves nothing."""
+    shapes = [meta.val(value), meta.val(user) if user.target is not aten.scatter_add.default else meta.val(value)]
+    return all(ranges.symbolic(s)[0] > 0 for t in shapes if isinstance(t, torch.Tensor) for s in t.shape)

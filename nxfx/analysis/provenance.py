@@ -1,0 +1,57 @@
+"""Where a graph's values come from: its sources."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+
+class Role(str, Enum):
+    """What a placeholder or ``get_attr`` stands for."""
+
+    INPUT = "input"
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CONSTANT = "constant"  # lifted by capture; nobody can change it
+    OPAQUE = "opaque"  # a tangent, a saved activation, the operand of a higher-order op's body
+
+
+@dataclass(frozen=True)
+class Source:
+    """A placeholder or ``get_attr`` node's origin.
+
+    Attributes:
+        name: the user's name for it: argument name or the parameter's fully qualified name.
+        role: see :class:`Role`.
+        value: the tensor it holds now (parameters, buffers, constants), None when unknown or fake.
+        mutated: the graph writes it, so ``value`` proves nothing.
+        range: declared inclusive ``(low, high)``, None when not declared.
+    """
+
+    name: str
+    role: Role
+    value: torch.Tensor | None = None
+    mutated: bool = False
+    range: tuple[int, int] | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether ``value`` may be used as a premise."""
+        return self.value is not None and not self.mutated
+
+
+@dataclass(frozen=True)
+class Premise:
+    """A proof rests on the present value of a buffer or parameter.
+
+    Attributes:
+        source: the buffer's fully qualified name.
+        fact: kind of fact: ``"range"`` (low, high), ``"finite-nonnegative"`` or ``"value"``.
+        detail: the fact itself; re-checked when the tensor's identity or ``_version`` changes.
+    """
+
+    source: str
+    fact: str
+    detail: tuple[int, int] | None = None

@@ -1,0 +1,121 @@
+"""Tables that were rounded to low precision before capture, and what that costs where they are used.
+
+``model.bfloat16()`` rounds a registered ``inv_freq`` for good; a later ``.float()`` cannot bring it back. The error of an angle is
+bounded by half a unit in the last place of the table's entries times the largest position.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis import dtype_rules
+from nxfx.analysis.integer_origin import PERIODIC, Family, IntegerOrigins, dtype_of
+from nxfx.analysis.provenance import Source
+from nxfx.graph import meta
+
+# Explicit mantissa bits: what torch.finfo(...).eps is two to the minus of.
+_BITS = {torch.bfloat16: 7, torch.float16: 10}
+_SCAN_LIMIT = 1 << 22
+_UNKNOWN = (math.inf, math.inf)
+
+
+def rounded_table_errors(
+    origins: IntegerOrigins, sources: Mapping[str, Source]
+) -> Iterator[tuple[fx.Node, Source, torch.dtype, float]]:
+    """``(node, table, dtype it was rounded to, worst error)`` for each rounded table, at the worst sin, cos or tan it reaches.
+
+    The error is that of the function's value over the known range of the integers, at most 2.
+    """
+    worst: dict[fx.Node, tuple[fx.Node, float]] = {}
+    rounded_to = functools.cache(lambda table: _rounded_to(sources[table.name].value, dtype_of(table)))
+    for node, member in origins.members.items():
+        if node.target not in PERIODIC:
+            continue
+        for table in member.tables:
+            low = rounded_to(table)
+            if low is None:
+                continue
+            error = _Error(origins, table, low).of(member.values[0])[1]
+            error = 2.0 if not math.isfinite(error) else min(error, 2.0)
+            if error > 0 and error > worst.get(table, (node, 0.0))[1]:
+                worst[table] = node, error
+    for table, (node, error) in worst.items():
+        yield node, sources[table.name], rounded_to(table), error
+
+
+def _rounded_to(value: torch.Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The low-precision dtype that ``value`` was rounded to, None when it seems to be exact.
+
+    Entries that would do with two bits less (powers of two, small integers) tell nothing; a float32 table counts as rounded when
+    several entries use all the bits of bf16 or fp16 and none uses more.
+    """
+    if value is None or isinstance(value, meta.FakeTensor) or value.is_meta or not 0 < value.numel() <= _SCAN_LIMIT:
+        return dtype if dtype in _BITS else None
+    wide = value.detach().double()
+    for low in _BITS if dtype == torch.float32 else [d for d in (dtype,) if d in _BITS]:
+        if not bool((wide.to(low).double() == wide).all()):
+            continue
+        mantissa = torch.frexp(wide)[0] * 2 ** (_BITS[low] - 1)  # an integer when two bits are unused
+        busy = int((mantissa != mantissa.floor()).sum())
+        if busy >= (4 if dtype == torch.float32 else 1):
+            return low
+    return None
+
+
+class _Error:
+    """Magnitude and error of a value, given that of one table; numbers and everything else are taken as exact."""
+
+    def __init__(self, origins: IntegerOrigins, table: fx.Node, low: torch.dtype) -> None:
+        self.origins = origins
+        self.table = table
+        self.low = low
+
+    def of(self, value: Any, depth: int = 48) -> tuple[float, float]:
+        """Largest magnitude and largest error of ``value``."""
+        if isinstance(value, (int, float)):
+            return abs(float(value)), 0.0
+        if not isinstance(value, fx.Node) or depth == 0:
+            return _UNKNOWN
+        if dtype_rules.is_integral(dtype_of(value)):
+            return float(max(map(abs, self.origins.bounds(value)[0]))), 0.0
+        member = self.origins.of(value)
+        if member is None:
+            return _UNKNOWN
+        if member.family is None:
+            return self._table(value)
+        exact = self.origins.exact(value)
+        if exact is not None:
+            return float(max(map(abs, exact))), 0.0
+        parts = [self.of(v, depth - 1) for v in member.values]
+        magnitudes, errors = [m for m, _ in parts], [e for _, e in parts]
+        name = value.target.__name__.split(".")[0]  # type: ignore[union-attr]
+        if member.family in (Family.CAST, Family.MOVE, Family.SELECT):
+            return max(magnitudes, default=math.inf), max(errors, default=math.inf)
+        if name in ("add", "sub", "rsub"):
+            return sum(magnitudes), sum(errors)
+        if name in ("mul", "outer") or member.family is Family.OUTER:
+            (a, da), (b, db) = parts
+            return _times(a, b), _times(a, db) + _times(b, da)
+        if name == "div" and isinstance(member.values[1], (int, float)) and member.values[1]:
+            return magnitudes[0] / magnitudes[1], errors[0] / magnitudes[1]
+        return _UNKNOWN
+
+    def _table(self, node: fx.Node) -> tuple[float, float]:
+        held = self.origins.sources[node.name].value
+        if held is None or isinstance(held, meta.FakeTensor) or held.is_meta or held.numel() == 0:
+            return (1.0, 2.0 ** -(_BITS[self.low] + 1)) if node is self.table else (1.0, 0.0)
+        magnitudes = held.detach().double().abs()
+        if node is not self.table:
+            return float(magnitudes.max()), 0.0
+        half_ulp = torch.ldexp(torch.ones(()).double(), torch.frexp(magnitudes)[1] - _BITS[self.low] - 2)
+        return float(magnitudes.max()), float(torch.where(magnitudes > 0, half_ulp, 0.0).max())
+
+
+def _times(a: float, b: float) -> float:
+    return 0.0 if a == 0 or b == 0 else a * b

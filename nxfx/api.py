@@ -1,0 +1,186 @@
+"""The whole program on one page: capture, pipeline, boundary."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nxfx import reproducer
+from nxfx.analysis.wide_edges import wide_edges
+from nxfx.boundary import Boundary, Check, hoist
+from nxfx.capture.export import Capture, capture
+from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
+from nxfx.pipeline import PassContext, Pipeline, PipelineResult
+from nxfx.prepared import CapturedCall, PreparedModule
+from nxfx.report import Report
+from nxfx.targets import Target, get_target
+from nxfx.targets.flags import compiler_args
+
+Observer = Callable[..., None]
+
+
+def prepare(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    target: str | Target = "trn2",
+    pipeline: Pipeline | str | None = None,
+    ranges: dict[str, tuple[int, int]] | None = None,
+    dynamic_shapes: Any = None,
+    strict: bool = False,
+    verify: bool = False,
+    training: bool = False,
+    check: Check = "always",
+    state_inputs: Sequence[str] = (),
+    share_state: bool = True,
+    verify_each: bool = False,
+    observer: Observer | None = None,
+) -> PreparedModule:
+    """Clean ``model`` for Neuron: the result is called like the model and computes what its author wrote.
+
+    Args:
+        model: any ``nn.Module``. It is left as it is; calling the result changes its state exactly as calling the model would.
+        args, kwargs: example arguments. Tensors give dtypes and shapes; every other Python value is baked. Without both, the
+            graph is captured on the first call, one capture per signature.
+        target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``.
+        pipeline: a :class:`~nxfx.pipeline.Pipeline` or its text; default: ``Pipeline.default(target)``.
+        ranges: input name → inclusive ``(low, high)`` that an integer input can hold, e.g. ``{"input_ids": (0, 128255)}``;
+            enforced on each call.
+        dynamic_shapes: as for ``torch.export.export``, keyed by the parameter names of ``forward``.
+        strict: turn error findings into :class:`~nxfx.errors.PrepareError`.
+        verify: run model and result on the example and compare strictly before returning.
+        training: keep gradients; without it calls run under ``no_grad``.
+        check: when the boundary checks integer ranges: ``"always"`` (host tensors), ``"first"`` or ``"never"``.
+        state_inputs: inputs (KV caches) that become buffers of the graph, so that a compiler can update them in place.
+        share_state: False works on a deep copy of the model.
+        verify_each: check the graph's invariants after every pass (slow).
+        observer: called as ``observer(pass_, graph_module, run)`` after each pass.
+
+    Raises:
+        CaptureError: names the construct that cannot be captured and the user's line.
+        PrepareError: strict mode found errors, or verification found a difference.
+        PassError: a pass failed; names it, the node and the user's line.
+        RangeError: an example value lies outside its range.
+        UsageError: unknown target, pass, option or range name.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise UsageError(f"prepare wants an nn.Module, not {type(model).__name__}")
+    target, pipeline = get_target(target), _pipeline(pipeline, target)
+    model = model if share_state else copy.deepcopy(model)
+
+    def captured(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
+        def take() -> Capture:
+            return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, ranges=ranges, training=training, state_inputs=state_inputs)
+
+        found = take()
+        boundary, report = _clean(found, take, pipeline, target, training, verify_each, observer)
+        call = CapturedCall(model, found, boundary, report, check=check, training=training)
+        if strict and call.report.errors:
+            raise PrepareError(f"{len(call.report.errors)} error findings\n{call.report}", call.report)
+        return call
+
+    prepared = PreparedModule(model, captured, training=training)
+    if args is not None or kwargs is not None:
+        prepared.capture(*(args or ()), **(kwargs or {}))
+        if verify:
+            _verify(model, prepared, args or (), kwargs or {})
+    return prepared
+
+
+def check(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    target: str | Target = "trn2",
+    ranges: dict[str, tuple[int, int]] | None = None,
+) -> Report:
+    """Everything :func:`prepare` would find and do, as a report. Changes nothing and raises for no hazard of the model.
+
+    A model that cannot be captured gives the report of the capture error.
+    """
+    try:
+        return prepare(model, args, kwargs or {}, target=target, ranges=ranges).report
+    except CaptureError as error:
+        report = error.report or Report()
+        report.target = get_target(target).name
+        return report
+
+
+def _pipeline(pipeline: Pipeline | str | None, target: Target) -> Pipeline:
+    if pipeline is None:
+        return Pipeline.default(target)
+    return Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
+
+
+def _clean(
+    found: Capture,
+    again: Callable[[], Capture],
+    pipeline: Pipeline,
+    target: Target,
+    training: bool,
+    verify_each: bool,
+    observer: Observer | None,
+) -> tuple[Boundary, Report]:
+    """Run the pipeline on a capture, hoist its boundary, write the report."""
+    gm = found.graph_module
+    context = PassContext(target, found.sources, training)
+    report = Report(target.name, str(pipeline), captured_by=found.captured_by, timings=dict(found.timings))
+    report.nodes["before"], before = len(gm.graph.nodes), wide_edges(gm)
+    boundaries = []
+
+    def finish() -> None:
+        boundaries.append(hoist(gm, found.sources, context.requirements))
+
+    started = time.perf_counter()
+    try:
+        result = pipeline.run(gm, context, verify_each=verify_each, observer=observer, finish=finish)
+    except PassError as error:
+        _reproduce(error, again, pipeline)
+        raise
+    report.timings["pipeline"] = time.perf_counter() - started
+    _fill(report, result, context, found)
+    after = wide_edges(gm)
+    report.wide_edges = {"before": before["edges"], "after": after["edges"], "forced": after["forced"]}
+    report.compiler_args = compiler_args(gm, target)
+    report.nodes["after"] = len(gm.graph.nodes)
+    return boundaries[0], report
+
+
+def _fill(report: Report, result: PipelineResult, context: PassContext, found: Capture) -> None:
+    report.add(found.rewrites + result.rewrites, found.findings + result.findings)
+    report.premises = list(dict.fromkeys(context.premises))
+    report.requirements = dict(context.requirements)
+    report.timings |= {run.name: run.seconds for run in result.runs}
+
+
+def _reproduce(error: PassError, again: Callable[[], Capture], pipeline: Pipeline) -> None:
+    """Leave a stand-alone script that fails the same way; the graph before the failing pass is captured anew."""
+    position = pipeline.names.index(error.pass_name)
+    fresh = again()
+    Pipeline(pipeline.steps[:position]).run(fresh.graph_module, PassContext(sources=fresh.sources))
+    failing = Pipeline(pipeline.steps[position : position + 1])
+    error.reproducer = reproducer.write_reproducer(fresh.graph_module, str(failing), error)
+    error.args = (f"{error.args[0]}\nreproducer: {error.reproducer}",)
+
+
+def _verify(model: torch.nn.Module, prepared: PreparedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Eager against prepared, on copies of the example and of the model's state."""
+    from nxfx.verification.equivalence import compare
+
+    report = prepared.report
+    refines = any(r.kind.value != "exact" for r in report.rewrites)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = twin(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    state = copy.deepcopy(model.state_dict())
+    actual = prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+    model.load_state_dict(state)
+    outcome = compare(expected, actual, kind="refines" if refines else "exact")
+    if not outcome.ok:
+        raise PrepareError("the prepared model differs from the model on the example:\n" + "\n".join(outcome.mismatches), report)

@@ -1,0 +1,234 @@
+"""The boundary of a cleaned graph: 64-bit values are checked and narrowed on the way in, restored on the way out.
+
+The passes put casts right after the sources and right before the outputs. :func:`hoist` moves them out of the graph and
+records them here, so that the same passes serve exported graphs and the forward and backward graphs of AOTAutograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from nxfx.analysis.dtype_rules import integer_bounds, is_integral, is_wide, narrow
+from nxfx.analysis.provenance import Role, Source
+from nxfx.errors import PrepareError, RangeError
+from nxfx.graph import meta
+
+aten = torch.ops.aten
+Check = Literal["always", "first", "never"]
+
+
+@dataclass
+class InputRule:
+    """What happens to one input.
+
+    Attributes:
+        name: the user's name for it.
+        narrow: dtype the graph takes, None when it takes the caller's.
+        low, high: inclusive range that is enforced; None when nothing rests on it.
+        why: where the range comes from: ``"declared"``, ``"implied by use"`` or ``"int32"``.
+    """
+
+    name: str
+    narrow: torch.dtype | None = None
+    low: int | None = None
+    high: int | None = None
+    why: str = ""
+    checked: bool = False
+
+    def enforce(self, value: torch.Tensor, check: Check) -> None:
+        """Raise RangeError when ``value`` holds anything outside the range.
+
+        Host tensors are checked on each call, device tensors on the first (a min/max is a host synchronisation), meta and fake
+        tensors never.
+        """
+        if self.low is None or self.high is None or check == "never" or value.is_meta or value.numel() == 0:
+            return
+        if isinstance(value, meta.FakeTensor) or (self.checked and (check == "first" or value.device.type != "cpu")):
+            return
+        low, high = torch.aminmax(value.detach())
+        if int(low) < self.low or int(high) > self.high:
+            self._refuse(value)
+        self.checked = True
+
+    def _refuse(self, value: torch.Tensor) -> None:
+        assert self.low is not None and self.high is not None
+        flat = value.detach().reshape(-1)
+        flat_position = int(((flat < self.low) | (flat > self.high)).nonzero()[0])
+        position = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_position), value.shape)) if value.dim() else ()
+        found = flat[flat_position].item()
+        hint = {
+            "declared": "this is the range declared with ranges=",
+            "implied by use": "the model uses it as an index into a dimension of that size",
+        }.get(self.why, "the graph was narrowed to int32")
+        raise RangeError(
+            f"input {self.name!r}: value {found} at {list(position)} (flat position {flat_position}) is outside [{self.low}, {self.high}]: "
+            f"{hint}",
+            argument=self.name,
+            value=found,
+            position=position,
+            flat_position=flat_position,
+            range=(self.low, self.high),
+        )
+
+    def admit(self, value: torch.Tensor, check: Check) -> torch.Tensor:
+        """``value`` checked and narrowed.
+
+        Raises:
+            RangeError: a value does not fit; nothing has run.
+        """
+        self.enforce(value, check)
+        return value if self.narrow is None or value.dtype == self.narrow else value.to(self.narrow)
+
+
+@dataclass
+class Boundary:
+    """What stands between the caller and the graph.
+
+    Attributes:
+        inputs: one rule per placeholder, in order.
+        outputs: per output the dtype the model gives, None where the graph gives it already.
+        narrowed_buffers: fully qualified name → dtype of the model's own buffer; the graph holds a 32-bit twin.
+    """
+
+    inputs: list[InputRule] = field(default_factory=list)
+    outputs: list[torch.dtype | None] = field(default_factory=list)
+    narrowed_buffers: dict[str, torch.dtype] = field(default_factory=dict)
+
+    def admit(self, values: Sequence[torch.Tensor], check: Check = "always") -> list[torch.Tensor]:
+        """All inputs checked, then all narrowed: when one is refused nothing has run."""
+        for rule, value in zip(self.inputs, values, strict=True):
+            rule.enforce(value, check)
+        return [
+            value if rule.narrow is None or value.dtype == rule.narrow else value.to(rule.narrow)
+            for rule, value in zip(self.inputs, values, strict=True)
+        ]
+
+    def restore(self, values: Iterable[Any]) -> list[Any]:
+        """The outputs in the model's own dtypes."""
+        return [v if dtype is None else v.to(dtype) for v, dtype in zip(values, self.outputs, strict=True)]
+
+
+class ShapeGuard:
+    """The relations between input sizes that a capture with dynamic shapes rests on: fixed sizes, equal symbols, their ranges."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        values = [meta.val(n) for n in graph_module.graph.find_nodes(op="placeholder")]
+        self.expected = [tuple(v.shape) if isinstance(v, torch.Tensor) else () for v in values]
+        self.dynamic = any(not isinstance(size, int) for shape in self.expected for size in shape)
+
+    def enforce(self, values: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+        """Nothing to do without dynamic sizes: the signature has told them.
+
+        Raises:
+            PrepareError: a size contradicts the capture.
+        """
+        if not self.dynamic:
+            return
+        known: dict[Any, int] = {}
+        for solved in (True, False):  # plain symbols first, then what is computed from them
+            for name, value, expected in zip(names, values, self.expected, strict=True):
+                for dim, (size, wanted) in enumerate(zip(value.shape, expected, strict=True)):
+                    if meta.is_symbol(wanted) == solved:
+                        self._one(name, dim, int(size), wanted, known)
+
+    @staticmethod
+    def _one(name: str, dim: int, size: int, wanted: Any, known: dict[Any, int]) -> None:
+        low, high = meta.size_range(wanted)
+        needed = meta.size_given(wanted, known)
+        if needed is None:
+            known[meta.symbol_of(wanted)] = size
+        if (needed is not None and needed != size) or not low <= size <= high:
+            rule = str(needed) if needed is not None else f"a size in [{low}, {high}]"
+            raise PrepareError(f"input {name!r}: size {size} of dimension {dim} does not fit the captured graph, which needs {rule} there")
+
+
+def _is_boundary_cast(node: fx.Node, dtype: torch.dtype) -> bool:
+    if node.op != "call_function" or node.target is not aten._to_copy.default:
+        return False
+    return dict(node.kwargs) == {"dtype": dtype}
+
+
+def hoist(
+    graph_module: fx.GraphModule,
+    sources: Mapping[str, Source],
+    requirements: Mapping[str, tuple[int, int]],
+    *,
+    hoist_outputs: bool = True,
+    keep_outputs: Iterable[int] = (),
+) -> Boundary:
+    """Move the casts at the graph's edges into a :class:`Boundary`. Edits the graph; call once, as the pipeline's ``finish``.
+
+    Args:
+        sources: what the placeholders and ``get_attr`` nodes stand for.
+        requirements: input name → inclusive range that the passes' proofs rest on.
+        keep_outputs: positions whose cast stays in the graph.
+    """
+    graph = graph_module.graph
+    boundary = Boundary()
+    for node in list(graph.nodes):
+        if node.op == "placeholder":
+            boundary.inputs.append(_hoist_input(graph, node, sources.get(node.name), requirements))
+        elif node.op == "get_attr" and node.name in sources and sources[node.name].role is not Role.PARAMETER:
+            wide = meta.dtype_of(node)
+            if wide is not None and _narrow_source(graph, node):
+                boundary.narrowed_buffers[sources[node.name].name] = wide
+    _hoist_outputs(graph, boundary, set(keep_outputs), hoist_outputs)
+    return boundary
+
+
+def _narrow_source(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether every use of a 64-bit source is the cast to its 32-bit dtype; if so, the source takes that dtype."""
+    dtype = meta.dtype_of(node)
+    if dtype is None or not is_wide(dtype):
+        return False
+    if not all(_is_boundary_cast(user, narrow(dtype)) for user in node.users):
+        return False
+    node.meta["val"] = meta.retype(meta.val(node), narrow(dtype))
+    node.meta.pop("tensor_meta", None)
+    for user in list(node.users):
+        user.replace_all_uses_with(node)
+        graph.erase_node(user)
+    return True
+
+
+def _hoist_input(graph: fx.Graph, node: fx.Node, source: Source | None, requirements: Mapping[str, tuple[int, int]]) -> InputRule:
+    name = source.name if source else node.name
+    rule = InputRule(name)
+    dtype = meta.dtype_of(node)
+    if dtype is None or (source is not None and source.role not in (Role.INPUT, Role.OPAQUE)):
+        return rule
+    used = bool(node.users)
+    if _narrow_source(graph, node):
+        rule.narrow = narrow(dtype)
+        if used and is_integral(dtype):  # what becomes of an input that nothing reads cannot matter
+            rule.low, rule.high, rule.why = (*integer_bounds(rule.narrow), "int32")
+    if name in requirements and is_integral(dtype):
+        rule.low, rule.high = requirements[name]
+        declared = source is not None and source.range is not None
+        rule.why = "declared" if declared else "int32" if (rule.low, rule.high) == integer_bounds(torch.int32) else "implied by use"
+    elif source is not None and source.range is not None and is_integral(dtype):
+        rule.low, rule.high, rule.why = (*source.range, "declared")
+    return rule
+
+
+def _hoist_outputs(graph: fx.Graph, boundary: Boundary, keep: set[int], wanted: bool) -> None:
+    (output,) = graph.find_nodes(op="output")
+    results = list(output.args[0])
+    for position, result in enumerate(results):
+        dtype = meta.dtype_of(result)
+        restored = None
+        if wanted and position not in keep and dtype is not None and is_wide(dtype) and _is_boundary_cast(result, dtype):
+            inner = result.args[0]
+            if meta.dtype_of(inner) == narrow(dtype):
+                results[position], restored = inner, dtype
+        boundary.outputs.append(restored)
+    casts = [r for r in output.args[0] if isinstance(r, fx.Node)]
+    output.args = (tuple(results),)
+    for cast in dict.fromkeys(casts):
+        if not cast.users and cast.op == "call_function" and cast.target is aten._to_copy.default:
+            graph.erase_node(cast)

@@ -1,0 +1,345 @@
+"""Branches and reads: every place where Python asks a tensor for its value while the model is captured.
+
+``bool(tensor)`` (``if``, ``while``, ``assert``, ``and``, ``or``, ``not``, ``in``), ``torch.equal``, ``torch.allclose`` and
+``torch._assert`` are answered by an oracle: from ``Session.decisions``, else ``True``, so that one run sees every site. The
+condition is cloned at that moment, since the model may write it later. An assertion, or an ``if`` that does nothing but
+raise, is told that all is well and reported (NX407).
+
+``.item()`` and ``.tolist()`` go on with a symbol, as torch has it. ``int(t)``, ``float(t)``, ``complex(t)``, ``range(t)``,
+``list[t]`` and ``.numpy()`` are seen but cannot be answered, since Python insists on a real number: NX402 at the user's line.
+Literals such as ``torch.tensor(True)`` and conditions on shapes are left to torch.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import itertools
+import linecache
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import sympy
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
+
+from nxfx.capture import trace
+from nxfx.capture.session import Session, Site, location_of
+from nxfx.errors import CaptureError
+from nxfx.report.findings import Finding, Severity, merge
+from nxfx.report.report import Report
+
+# An `if` inside a `while True` may be the loop's only way out; a `for` over layers repeats a line without being endless.
+_REPEAT_CAP = 1024
+
+_FIXES = {
+    "while": "run a fixed number of steps and mask the finished ones: x = torch.where(active, step(x), x)",
+    "equal": "compare without leaving the device: (a == b).all(), and choose with torch.where",
+    "allclose": "compare without leaving the device: torch.isclose(a, b).all(), and choose with torch.where",
+}
+_FIX = "compute both sides and choose: torch.where(condition, a, b); or decide with a Python flag before the model is compiled"
+
+
+# --- the oracle ------------------------------------------------------------------------------------------------------
+
+
+def _decide(session: Session, kind: str, condition: torch.Tensor) -> bool:
+    """Record a branch on ``condition`` (one element) and answer it."""
+    frames = session.frames()
+    innermost = frames[0] if frames else None
+    statement, natural = ("bool", None) if innermost is None else _statement(innermost)
+    kind = statement if kind == "bool" else kind
+    own = condition.clone() if condition.dtype is torch.bool else condition != 0
+    site = Site(kind, session.location(), location_of(innermost), own.reshape(()) if own.ndim else own)
+    if natural is not None:
+        site.kind, site.answer = "assert", natural
+        session.assertions.append(site)
+        session.note(
+            "NX407",
+            Severity.WARNING,
+            "a check reads a tensor's value: the captured graph takes it to hold and does not check",
+            "check the value on the host before the call, or declare a range for the input",
+        )
+        return natural
+    number = len(session.sites)
+    site.answer = bool(session.decisions[number]) if number < len(session.decisions) else True
+    session.sites.append(site)
+    if innermost is not None:
+        _cap(session, site, innermost)
+    return site.answer
+
+
+def _cap(session: Session, site: Site, frame: FrameType) -> None:
+    """End a loop that the oracle keeps alive: the other answer at the cap, an error when that does not help either."""
+    place = (frame.f_code.co_filename, frame.f_lineno)
+    last, count = session.repetitions.get(place, (frame, 0))
+    count = count + 1 if last is frame else 1
+    session.repetitions[place] = (frame, count)
+    cap = session.loop_cap if site.kind == "while" else _REPEAT_CAP
+    if count > 2 * cap:
+        raise session.refuse("NX401", "a loop that a tensor ends", f"no answer ends this loop after {count} rounds", _FIXES["while"])
+    if count > cap:
+        site.exhausted, site.answer = True, not site.answer
+
+
+@functools.lru_cache(maxsize=256)
+def _tests(file: str) -> list[tuple[str, ast.expr, bool | None]]:
+    """``(kind, test, answer that lets the program go on)`` of every statement in ``file`` that tests something."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except (SyntaxError, ValueError):
+        return []
+    tests: list[tuple[str, ast.expr, bool | None]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assert):
+            tests.append(("assert", node.test, True))
+        elif isinstance(node, ast.If):
+            guard = not node.orelse and isinstance(node.body[-1], ast.Raise) and not _acts(node.body[:-1])
+            tests.append(("if", node.test, False if guard else None))
+        elif isinstance(node, (ast.While, ast.IfExp)):
+            tests.append(("while" if isinstance(node, ast.While) else "if", node.test, None))
+        elif isinstance(node, ast.comprehension):
+            tests.extend(("if", test, None) for test in node.ifs)
+    return tests
+
+
+def _acts(body: list[ast.stmt]) -> bool:
+    """Whether anything before the ``raise`` matters when it is skipped: only messages are prepared there."""
+    return any(not isinstance(s, (ast.Assign, ast.Expr, ast.AnnAssign)) for s in body)
+
+
+def _statement(frame: FrameType) -> tuple[str, bool | None]:
+    """The statement that asks, and for a check the answer that lets the program go on."""
+    line, column = _position(frame)
+    inside = [t for t in _tests(frame.f_code.co_filename) if _covers(t[1], line, column)]
+    if not inside:
+        return "bool", None
+    kind, test, wanted = min(inside, key=lambda t: (t[1].end_lineno or 0) - t[1].lineno)
+    if wanted is not None:
+        node: ast.expr = test
+        while isinstance(node, (ast.BoolOp, ast.UnaryOp)):
+            if isinstance(node, ast.UnaryOp):
+                if not isinstance(node.op, ast.Not):
+                    break
+                node, wanted = node.operand, not wanted
+            else:
+                node = next((v for v in node.values if _covers(v, line, column)), node.values[0])
+    return kind, wanted
+
+
+def _position(frame: FrameType) -> tuple[int, int | None]:
+    positions = getattr(frame.f_code, "co_positions", None)  # Python 3.11
+    if positions is not None:
+        # The jump that asks may carry the whole statement's position; what stands before it computed the operand.
+        before = max(frame.f_lasti // 2 - 1, 0)
+        line, _, column, _ = next(itertools.islice(positions(), before, None))
+        if line is not None:
+            return line, column
+    return frame.f_lineno, None
+
+
+def _covers(node: ast.expr, line: int, column: int | None) -> bool:
+    end = node.end_lineno or node.lineno
+    if not node.lineno <= line <= end:
+        return False
+    if column is None:
+        return True
+    return (node.lineno, node.col_offset) <= (line, column) <= (end, node.end_col_offset or 0)
+
+
+# --- handlers --------------------------------------------------------------------------------------------------------
+
+
+def _on_bool(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    (value,) = args
+    if not trace.is_unknown(value) or value.numel() != 1:
+        return function(value)
+    return _decide(session, "bool", value)
+
+
+def _on_equal(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    a, b = (*args, *kwargs.values())
+    if not (trace.is_unknown(a) or trace.is_unknown(b)):
+        return function(a, b)
+    return a.shape == b.shape and _decide(session, "equal", (a == b).all())
+
+
+def _on_allclose(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not any(map(trace.is_unknown, (*args, *kwargs.values()))):
+        return function(*args, **kwargs)
+    return _decide(session, "allclose", torch.isclose(*args, **kwargs).all())
+
+
+def _on_contains(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value, element = args
+    if not isinstance(element, (torch.Tensor, bool, int, float, complex, torch.SymInt, torch.SymFloat)):
+        return function(value, element)
+    if not (trace.is_unknown(value) or trace.is_unknown(element)):
+        return function(value, element)
+    return _decide(session, "bool", (element == value).any())
+
+
+def _on_assert(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    condition = args[0] if args else kwargs["condition"]
+    if not trace.is_unknown(condition) or condition.numel() != 1:
+        return function(*args, **kwargs)
+    own = condition.clone().reshape(())
+    session.assertions.append(Site("assert", session.location(), location_of((session.frames() or [None])[0]), own, True))
+    session.note(
+        "NX407",
+        Severity.WARNING,
+        "a check reads a tensor's value: the captured graph takes it to hold and does not check",
+        "check the value on the host before the call, or declare a range for the input",
+    )
+    return None
+
+
+def _on_item(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = function(*args, **kwargs)
+    symbols = [v for v in pytree.tree_leaves(result) if trace.is_unbacked(v)]
+    if symbols:
+        name = function.__name__
+        session.reads.append(Site(name, session.location(), location_of((session.frames() or [None])[0])))
+        if name == "item":
+            session.item_sources[str(result.node.expr)] = (args[0], args[0]._version)
+    return result
+
+
+def _on_number(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    value = args[0]
+    if not trace.is_unknown(value):
+        return function(*args, **kwargs)
+    spelled = _SPELLED[function.__name__]
+    raise session.refuse(
+        "NX402",
+        f"{spelled} of a tensor",
+        f"{spelled} takes a tensor's value to Python, where it cannot be traced",
+        "stay with tensors: a 0-d tensor serves in arithmetic, torch.where, x[i] and x[:n]; .item() gives torch a symbol",
+    )
+
+
+_SPELLED = {
+    "__int__": "int()",
+    "__float__": "float()",
+    "__complex__": "complex()",
+    "__index__": "use as a Python integer (range(), list index, size)",
+    "numpy": ".numpy()",
+    "__array__": "numpy conversion",
+}
+
+HANDLERS: dict[Any, Callable[[Session, Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+    torch.Tensor.__bool__: _on_bool,
+    torch.Tensor.is_nonzero: _on_bool,
+    torch.is_nonzero: _on_bool,
+    torch.Tensor.equal: _on_equal,
+    torch.equal: _on_equal,
+    torch.Tensor.allclose: _on_allclose,
+    torch.allclose: _on_allclose,
+    torch.Tensor.__contains__: _on_contains,
+    torch._assert: _on_assert,
+    torch.Tensor.item: _on_item,
+    torch.Tensor.tolist: _on_item,
+    **{getattr(torch.Tensor, name): _on_number for name in _SPELLED},
+}
+
+
+# --- what is left ----------------------------------------------------------------------------------------------------
+
+
+def unresolved(session: Session) -> list[Finding]:
+    """One finding for each line that branches on a tensor's value, in order of execution."""
+    findings = []
+    for site in session.sites:
+        kind = {"bool": "bool() of a tensor", "equal": "torch.equal", "allclose": "torch.allclose"}.get(site.kind, f"{site.kind} on a tensor's value")
+        message = f"{kind}: the trace follows one side, whatever the value is at run time"
+        if site.innermost != site.location:
+            message += f" (read in {site.innermost}: {site.innermost.source})"
+        fix = _FIXES.get(site.kind, _FIX)
+        findings.append(Finding("NX401", Severity.ERROR, message, site.location, "", fix))
+    return merge(findings)
+
+
+def refusal(session: Session, model_name: str) -> CaptureError:
+    """One error for everything that was seen: branches that stay, and constructs that were refused."""
+    findings = merge([*unresolved(session), *session.errors])
+    lines = [f"{f.location}: {f.location.source}\n    {f.code} {f.message}" + (f"\n    Write instead: {f.fix}" if f.fix else "") for f in findings]
+    what = f"{len(findings)} places where a tensor's value decides" if len(findings) > 1 else "a place where a tensor's value decides"
+    kinds = dict.fromkeys(f"{s.kind} on a tensor's value" for s in session.sites)
+    report = Report(findings=merge([*findings, *session.findings]))
+    return CaptureError(
+        f"{model_name} cannot be captured: {what}\n  " + "\n  ".join(lines), construct=", ".join(kinds) or "a refused construct", report=report
+    )
+
+
+# --- guards on data-dependent sizes ----------------------------------------------------------------------------------
+
+
+def note_stated_guards(session: Session) -> None:
+    """Remember the conditions on data-dependent numbers that the model states itself, with ``torch._check``."""
+    mode = trace.fake_mode()
+    environment = mode.shape_env if mode is not None else None
+    for asserts in environment.deferred_runtime_asserts.values() if environment is not None else ():
+        for stated in asserts:
+            if _is_stated(list(stated.stack.summary())):
+                session.stated_guards.add(_canonical(stated.expr))
+
+
+def _is_stated(frames: list[Any]) -> bool:
+    """Whether the model calls ``torch._check`` and friends: torch's own operators call it too, on the model's behalf."""
+    from nxfx.capture.session import _rank
+
+    for caller, called in zip(frames, frames[1:], strict=False):
+        if called.name.startswith("_check") and called.filename == torch.__file__ and _rank(caller.filename):
+            return True
+    return False
+
+
+def invented_guards(program: torch.export.ExportedProgram, session: Session | None = None) -> list[str]:
+    """Conditions on data-dependent numbers that ``torch.export`` added and the model neither states nor implies.
+
+    Every operator implies that sizes are not negative and that slices fit, and views that sizes divide; those are not
+    listed. What is listed makes the graph refuse inputs that eager takes, such as ``u6 >= 3`` for ``y[:n] -= 5``.
+
+    Args:
+        session: knows which conditions the model stated with ``torch._check``; without it those are listed as well,
+            unless they stand on a line that says ``_check``.
+    """
+    stated = session.stated_guards if session is not None else set()
+    listed: dict[str, None] = {}
+    for expression, trace_of in _guards(program):
+        if _canonical(expression) not in stated and not _is_implied(expression) and "_check" not in trace_of:
+            listed[str(expression)] = None
+    return list(listed)
+
+
+def _guards(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, str]]:
+    aten = torch.ops.aten
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            trace_of = node.meta.get("stack_trace") or ""
+            if node.target is aten._assert_scalar.default:
+                value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else node.args[0]
+                if isinstance(value, torch.SymBool):
+                    yield value.node.expr, trace_of
+            elif node.target in (aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default):
+                value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else node.args[0]
+                low = node.kwargs.get("min")
+                if isinstance(value, torch.SymInt) and low is not None and low > 0:
+                    yield value.node.expr >= low, trace_of
+
+
+def _canonical(expression: Any) -> str:
+    return str(expression.canonical if getattr(expression, "is_Relational", False) else expression)
+
+
+def _is_implied(expression: Any) -> bool:
+    if isinstance(expression, sympy.Eq):
+        return expression.has(Mod, PythonMod, FloorDiv)
+    if not isinstance(expression, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
+        return False
+    # 0 <= u, or u <= a limit that does not depend on data.
+    return bool(expression.lts.is_number and expression.lts <= 0) or not any(
+        str(symbol).startswith("u") for symbol in expression.gts.free_symbols
+    )

@@ -1,0 +1,102 @@
+"""What Dynamo's graph says of the user's program: the names behind its placeholders, and where it had to stop."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import traceback
+from collections.abc import Container, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis.provenance import Role
+from nxfx.report import Finding, Location, Severity
+from nxfx.report.locations import frame_rank
+
+_MODULE_STEP = re.compile(r"""(?:_modules|_parameters|_buffers)\[(['"])(.+?)\1\]""")
+_STEP = re.compile(r"""\[(['"])(?P<key>.+?)\1\]|\[(?P<index>\d+)\]|\.(?P<attribute>\w+)""")
+_RESUMED = re.compile(r"torch_dynamo_resume_in_.*_at_(\d+)$")
+_BRANCH = "generic_jump"
+
+
+def user_names(graph_module: fx.GraphModule) -> list[tuple[str, Role]]:
+    """Per placeholder of a Dynamo graph the user's own name and what it stands for; the names are unique.
+
+    ``L['ids']`` is ``ids``, ``L['batch']['ids'][0]`` is ``batch_ids_0``, a keyword argument that a decorator passes on as
+    ``L['kwargs']['ids']`` is ``ids``, and module tensors have their fully qualified name.
+    """
+    found: list[tuple[str, Role]] = []
+    taken: set[str] = set()
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        name, role = _name_and_role(_source_text(node), node)
+        unique, count = name, 1
+        while unique in taken:
+            unique, count = f"{name}_{count}", count + 1
+        taken.add(unique)
+        found.append((unique, role))
+    return found
+
+
+def _source_text(node: fx.Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)  # a method up to torch 2.9, a property later
+
+
+def _name_and_role(text: str, node: fx.Node) -> tuple[str, Role]:
+    if "._parameters[" in text or "._buffers[" in text:
+        role = Role.PARAMETER if "._parameters[" in text else Role.BUFFER
+        return ".".join(match[2] for match in _MODULE_STEP.finditer(text)), role
+    steps = [match["key"] or match["index"] or match["attribute"] for match in _STEP.finditer(text)]
+    if len(steps) > 1 and (steps[0] == "self" or (steps[0] == "kwargs" and not steps[1].isdigit())):
+        steps = steps[1:]
+    role = Role.PARAMETER if isinstance(node.meta.get("example_value"), torch.nn.Parameter) else Role.INPUT
+    return re.sub(r"\W+", "_", "_".join(steps)).strip("_") or node.name, role
+
+
+def graph_breaks(graph_module: fx.GraphModule, reported: Container[tuple[str, int]]) -> list[Finding]:
+    """NX408 for the break that ended this Dynamo graph, and for the one that it resumes after when nobody has told of it yet.
+
+    A break before the first tensor op makes no graph of its own: only the graph that resumes after it can tell.
+
+    Args:
+        reported: ``(file, line)`` of the breaks that earlier graphs have told.
+    """
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    stack: Sequence[traceback.FrameSummary] = getattr(reason, "user_stack", None) or ()
+    found = []
+    for frame in stack[:1]:
+        resumed = _RESUMED.match(frame.name)
+        if resumed and (frame.filename, int(resumed[1])) not in reported:
+            found.append(_break_at(frame.filename, int(resumed[1]), frame.name, _reason_at(frame.filename, int(resumed[1]))))
+    if reason is not None and reason.graph_break:
+        frames = sorted(stack, key=lambda f: frame_rank(f.filename))  # stable: the innermost of the user's own comes last
+        frame = frames[-1] if frames else traceback.FrameSummary("", 0, "")
+        found.append(_break_at(frame.filename, frame.lineno or 0, frame.name, str(reason.reason)))
+    return found
+
+
+def _reason_at(file: str, line: int) -> str:
+    for reason in _all_reasons():
+        if any(f.filename == file and f.lineno == line for f in reason.user_stack):
+            return str(reason.reason)
+    return ""
+
+
+def _all_reasons() -> Iterator[Any]:
+    return reversed(list(torch._dynamo.utils.graph_break_reasons))
+
+
+def _break_at(file: str, line: int, function: str, reason: str) -> Finding:
+    headline = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else "Dynamo says no more"
+    if headline.startswith(_BRANCH):
+        headline = "Python branches on a tensor's value"
+        fix = "write it with torch.where or torch.cond, or use nxfx.compile(model), whose own capture traces both sides"
+    else:
+        hints = [text.strip().removeprefix("Hint:").strip() for text in reason.splitlines() if text.strip().startswith("Hint:")]
+        fix = hints[0] if hints else "move it out of the compiled function, or use nxfx.compile(model)"
+    message = f"Dynamo ends the graph here and Python takes over on the host: {headline}"
+    location = Location(file, line, linecache.getline(file, line).strip(), "", function)
+    return Finding("NX408", Severity.WARNING, message, location, "", fix)

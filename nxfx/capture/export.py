@@ -1,0 +1,237 @@
+"""Model → flat functional graph, by non-strict ``torch.export`` of a shell (strict export is the one fallback)."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis.provenance import Source
+from nxfx.capture import branches, errors, normalise
+from nxfx.capture.interception import Session, interception
+from nxfx.capture.shell import Convention, Shell, bind, parameter_names
+from nxfx.capture.state import ModuleState, writing_line
+from nxfx.capture.structure import Flat, Path, flatten, leaf_names
+from nxfx.capture.unlift import inputs_to_buffers, unlift
+from nxfx.errors import CaptureError, UsageError
+from nxfx.report import Finding, Report, Rewrite, Severity
+
+
+Ranges = dict[str, tuple[int, int]]
+
+
+@dataclass
+class Capture:
+    """A model's graph in normal form: flat tensors in, flat tensors out, weights as ``get_attr`` of the model's own tensors.
+
+    Attributes:
+        graph_module: outputs in this order: the user's (with values left in arguments and attributes), then mutated buffers, then
+            mutated inputs.
+        convention: how flat tensors become the model's call and results.
+        sources: node name → origin, for placeholders and ``get_attr`` nodes.
+        mutated_buffers: fully qualified name → output index.
+        mutated_inputs: input name → output index.
+        example_inputs: the flat example.
+        rewrites, findings: what capture itself did and saw.
+        timings: seconds of ``capture`` and ``normalise``.
+        captured_by: ``"non-strict"`` or ``"strict"``.
+        plain_tensors: name → where the model keeps a tensor that is not registered.
+        state_inputs: input leaf that became a buffer → name of that buffer.
+    """
+
+    graph_module: fx.GraphModule
+    convention: Convention
+    sources: dict[str, Source]
+    mutated_buffers: dict[str, int]
+    mutated_inputs: dict[str, int]
+    example_inputs: tuple[torch.Tensor, ...]
+    rewrites: list[Rewrite] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    captured_by: str = "non-strict"
+    plain_tensors: dict[str, Any] = field(default_factory=dict)
+    state_inputs: dict[str, str] = field(default_factory=dict)
+
+
+def input_names(flat: Flat, positional: list[str]) -> list[str]:
+    """One name per input leaf, after the model's own parameters."""
+    paths: list[Path] = []
+    for path in flat.paths:
+        where, key, *rest = path
+        first = positional[key] if where == 0 and key < len(positional) else key
+        paths.append((first, *rest))
+    return leaf_names(paths)
+
+
+def capture(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    ranges: dict[str, tuple[int, int]] | None = None,
+    training: bool = False,
+    state_inputs: Sequence[str] = (),
+) -> Capture:
+    """Capture ``model`` called with ``args`` and ``kwargs``. The model is left exactly as it was.
+
+    Args:
+        dynamic_shapes: as ``torch.export.export`` takes it, keyed by the names of ``forward``'s parameters.
+        ranges: input name → declared inclusive integer range.
+        training: keep autograd semantics (``no_grad`` regions become detaches) instead of capturing under ``no_grad``.
+        state_inputs: inputs (by argument or leaf name) that become buffers of the graph.
+
+    Raises:
+        CaptureError: names the construct that cannot be captured and the user's line.
+        TypeError: the arguments do not fit the model's signature.
+    """
+    args, kwargs, positional = bind(model, args, kwargs or {})
+    flat = flatten((args, kwargs), share=True)
+    convention = Convention(flat.spec, input_names(flat, positional))
+    ranges = _check_ranges(ranges or {}, convention.input_names, positional + list(kwargs), model)
+    state = ModuleState(model)
+    session = Session()
+    shell = Shell(model, convention, state, lambda: interception(session, training=training))
+    state_example = _state_example(state_inputs, flat, convention.input_names)
+    shapes = _flat_dynamic_shapes(dynamic_shapes, flat, positional, convention.input_names)
+
+    started = time.perf_counter()
+    try:
+        with _quiet(training):
+            program = torch.export.export(shell, tuple(flat.leaves), strict=False, dynamic_shapes=shapes)
+    except Exception as error:
+        raise _refusal(error, session, model) from error
+    finally:
+        state.restore()
+    if session.sites:
+        raise _refusal(None, session, model)
+    captured = time.perf_counter()
+    try:
+        with _quiet(training):
+            program = _normal_form(program)
+    except Exception as error:
+        raise errors.translate(error, model_name=type(model).__name__) from error
+    invented = branches.invented_guards(program)
+    if invented:
+        raise CaptureError(
+            f"{type(model).__name__}: torch.export added a condition on a data-dependent size that the model does not state: "
+            f"{invented[0]}. State it with torch._check(...), or use a mask instead of a tensor-valued slice.",
+            construct="a size that depends on data",
+            report=Report(findings=[Finding("NX409", Severity.ERROR, invented[0])]),
+        )
+    graph_module, sources, buffers, inputs = unlift(program, shell, model, convention, ranges)
+    done = time.perf_counter()
+    if convention.output_count == 0:
+        raise CaptureError(f"{type(model).__name__}.forward returns no tensor: there is nothing to compile", construct="no tensor output")
+    return Capture(
+        graph_module,
+        convention,
+        sources,
+        buffers,
+        inputs,
+        tuple(flat.leaves),
+        session.rewrites,
+        session.findings + _state_findings(model, convention),
+        {"capture": captured - started, "normalise": done - captured},
+        state_inputs=inputs_to_buffers(graph_module, sources, state_example, buffers, inputs),
+        plain_tensors={slot.name: slot for slot in shell.slots.values()},
+    )
+
+
+@contextlib.contextmanager
+def _quiet(training: bool) -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.nullcontext() if training else torch.no_grad():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _refusal(error: Exception | None, session: Session, model: torch.nn.Module) -> CaptureError:
+    """One error for everything the session saw before torch gave up."""
+    name = type(model).__name__
+    if not session.sites:
+        assert error is not None
+        return error if isinstance(error, CaptureError) else errors.translate(error, model_name=name)
+    return branches.refusal(session, name)
+
+
+def _normal_form(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    if normalise.needs_functionalisation(program.graph_module):
+        return program.run_decompositions({})
+    normalise.normalise(program.graph_module)
+    return program
+
+
+def _flat_dynamic_shapes(dynamic_shapes: Any, flat: Flat, positional: list[str], names: list[str]) -> Any:
+    if dynamic_shapes is None:
+        return None
+    if isinstance(dynamic_shapes, (tuple, list)):
+        dynamic_shapes = dict(zip(positional, dynamic_shapes, strict=False))
+    result: dict[str, Any] = {}
+    for name, path in zip(names, flat.paths, strict=True):
+        where, key, *rest = path
+        spec: Any = dynamic_shapes
+        for step in ((positional[key] if where == 0 and key < len(positional) else key), *rest):
+            if spec is None:
+                break
+            if isinstance(spec, dict):
+                spec = spec.get(step)
+            elif isinstance(spec, (list, tuple)) and isinstance(step, int) and step < len(spec):
+                spec = spec[step]
+            else:
+                spec = None
+        result[name] = spec
+    return result
+
+
+def _check_ranges(ranges: Ranges, leaves: list[str], arguments: list[str], model: torch.nn.Module) -> Ranges:
+    """Ranges by leaf name; an argument's name stands for all its leaves."""
+    found: Ranges = {}
+    for name, (low, high) in ranges.items():
+        if low > high:
+            raise UsageError(f"ranges: {name!r} has low {low} above high {high}")
+        matching = [n for n in leaves if n == name] or [n for n in leaves if name in arguments and n.startswith(f"{name}_")]
+        if not matching and name not in parameter_names(model):
+            near = difflib.get_close_matches(name, leaves, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" The inputs are: {', '.join(leaves)}."
+            raise UsageError(f"ranges: no input {name!r}.{hint}")
+        found |= dict.fromkeys(matching, (int(low), int(high)))
+    return found
+
+
+def _state_example(state_inputs: Sequence[str], flat: Flat, names: list[str]) -> dict[str, torch.Tensor]:
+    """The leaves that ``state_inputs`` mean: a leaf by its name, or all leaves of an argument."""
+    chosen = {}
+    for wanted in state_inputs:
+        matching = [n for n in names if n == wanted or n.startswith(f"{wanted}_")]
+        if not matching:
+            near = difflib.get_close_matches(wanted, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" The inputs are: {', '.join(names)}."
+            raise UsageError(f"state_inputs: no input {wanted!r}.{hint}")
+        chosen.update({n: flat.leaves[names.index(n)] for n in matching})
+    return chosen
+
+
+def _state_findings(model: torch.nn.Module, convention: Convention) -> list[Finding]:
+    findings = []
+    for change in convention.state_changes:
+        tensors = flatten(change.after).leaves
+        if tensors and not change.removed:
+            message = f"forward rebinds the attribute {change.path!r} to a tensor: prepared calls do too, a compiled graph does not"
+            severity = Severity.WARNING
+        else:
+            message = (
+                f"forward changes the Python attribute {change.path!r} from {change.before!r} to {change.after!r}: the value at capture is "
+                "baked into the graph; prepared calls capture again when it differs, a compiled graph cannot"
+            )
+            severity = Severity.ERROR
+        location = writing_line(model, change)
+        fix = "register it as a buffer and update it in place with tensor operations"
+        findings.append(Finding("NX406", severity, message, location, "", fix))
+    return findings

@@ -1,0 +1,162 @@
+"""What capture learns while the model runs under interception: kept outside the module, which export forbids to write."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import linecache
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.capture.trace import Trace, module_path
+from nxfx.errors import CaptureError
+from nxfx.report.findings import Finding, Severity
+from nxfx.report.locations import Location, frame_rank
+from nxfx.report.report import Report
+from nxfx.report.rewrites import Kind, Rewrite
+
+_rank = functools.lru_cache(maxsize=4096)(frame_rank)
+
+
+@dataclass
+class Site:
+    """A place where Python reads a tensor's value.
+
+    Attributes:
+        kind: ``"if"``, ``"while"``, ``"assert"``, ``"bool"`` ..., or the method that was called: ``"item"``, ``"tolist"``.
+        location: the user's line; an installed library's where no line is the user's own.
+        innermost: the line that reads the value, be it the user's or a library's.
+        condition: what was read, as a 0-d bool tensor of its own (the model may write the original later); None for reads that
+            are not conditions.
+        answer: what Python was told.
+        exhausted: the cap on repetitions was reached here.
+    """
+
+    kind: str
+    location: Location
+    innermost: Location
+    condition: torch.Tensor | None = None
+    answer: bool | None = None
+    exhausted: bool = False
+
+
+@dataclass
+class Gathered:
+    """``copy`` stands for the view ``base[i]``, ``i`` a 0-d tensor: right as long as neither is written while it is in use.
+
+    Attributes:
+        copy, base: nodes.
+        since: nothing was lost up to this node: the copy was made, or put back, there.
+        result, place: the object that was returned, and for which base and index.
+        versions: the positions among the index and their versions.
+    """
+
+    copy: fx.Node
+    base: fx.Node
+    since: fx.Node
+    result: Any
+    place: tuple[Any, Any]
+    versions: list[tuple[torch.Tensor, int]]
+    location: Location
+
+
+@dataclass
+class Session:
+    """One run of a model under interception. Use it once.
+
+    Attributes:
+        decisions: what to answer at the first, second ... branch that reads a tensor; ``True`` beyond the end.
+        training: the graph will be differentiated.
+        loop_cap: how often one ``while`` may be answered in a row before it is told to end.
+        findings: what the user should know; an error among them means that the capture cannot be used.
+        rewrites: changes made while the model ran.
+        sites: branches on a tensor's value, in order of execution. The trace followed ``answer`` at each of them, so unless
+            ``decisions`` chose the path it is not the model.
+        assertions: tensor assertions that the trace took to hold, each reported as NX407.
+        reads: ``.item()`` and ``.tolist()`` whose number became a symbol.
+    """
+
+    decisions: Sequence[bool] = ()
+    loop_cap: int = 64
+    training: bool = False
+    findings: list[Finding] = field(default_factory=list)
+    rewrites: list[Rewrite] = field(default_factory=list)
+    sites: list[Site] = field(default_factory=list)
+    assertions: list[Site] = field(default_factory=list)
+    reads: list[Site] = field(default_factory=list)
+    stated_guards: set[str] = field(default_factory=set)
+    trace: Trace = field(default_factory=Trace)
+    item_sources: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    gathered: list[Gathered] = field(default_factory=list)
+    entry: FrameType | None = None
+    is_paused: bool = False
+    repetitions: dict[tuple[str, int], tuple[FrameType, int]] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [f for f in self.findings if f.severity is Severity.ERROR]
+
+    def close(self) -> None:
+        """Let go of everything that belonged to the trace; the record stays."""
+        self.entry = None
+        self.repetitions.clear()
+        self.gathered.clear()
+        self.item_sources.clear()
+        self.trace = Trace()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing is intercepted inside: torch's own behaviour."""
+        before, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = before
+
+    def frames(self) -> list[FrameType]:
+        """The model's own frames and its libraries', innermost first."""
+        frames: list[FrameType] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.entry:
+            if _rank(frame.f_code.co_filename):
+                frames.append(frame)
+            frame = frame.f_back
+        return frames
+
+    def location(self) -> Location:
+        """The user's line that is running; an installed library's where no line is the user's own."""
+        frames = self.frames()
+        own = [f for f in frames if _rank(f.f_code.co_filename) == 2]
+        return location_of((own or frames or [None])[0])
+
+    def note(self, code: str, severity: Severity, message: str, fix: str = "", location: Location | None = None) -> Finding:
+        """Record a finding at the user's line."""
+        finding = Finding(code, severity, message, location or self.location(), "", fix)
+        self.findings.append(finding)
+        return finding
+
+    def refuse(self, code: str, construct: str, message: str, fix: str = "", location: Location | None = None) -> CaptureError:
+        """Record an error and return the exception that ends the capture. The error stands even if the model catches it."""
+        finding = self.note(code, Severity.ERROR, message, fix, location)
+        where = f"{finding.location}: {finding.location.source}" if finding.location.file else str(finding.location)
+        text = f"{where}\n  {message}" + (f"\n  Write instead: {fix}" if fix else "")
+        return CaptureError(text, construct=construct, report=Report(findings=[finding]))
+
+    def rewrote(self, rule: str, kind: Kind, before: str, after: str, bound: str = "") -> None:
+        """Record a rewrite at the user's line."""
+        self.rewrites.append(Rewrite("capture", rule, kind, self.location(), before, after, 1, bound))
+
+
+def location_of(frame: Any) -> Location:
+    """The line that ``frame`` is at."""
+    if frame is None:
+        return Location(module=module_path())
+    code = frame.f_code
+    source = linecache.getline(code.co_filename, frame.f_lineno).strip()
+    return Location(code.co_filename, frame.f_lineno, source, module_path(), code.co_name)

@@ -1,0 +1,233 @@
+"""The thin shell that is exported instead of the model.
+
+It takes one tensor per input leaf and returns a flat list of tensors, shares the model's own registries (so names and
+tensor objects stay the model's), lends it its plain tensors as buffers, and notes, outside the module, what ``torch.export``
+cannot carry: the calling convention and what ``forward`` did to its arguments and to the model's Python state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nxfx.capture.state import Change, Holder, ModuleState, Slot
+from nxfx.capture.structure import Path, flatten, unflatten
+
+PLAIN = "_nxfx_plain"
+
+
+@dataclass
+class Assigned:
+    """A value that ``forward`` left somewhere: its structure, and for each leaf where it comes from.
+
+    Attributes:
+        spec: structure of the value.
+        leaves: ``("input", i)``: the i-th input leaf (after its mutation); ``("output", j)``: the j-th flat output;
+            ``("state", name)``: the plain tensor of that name.
+    """
+
+    spec: Any
+    leaves: list[tuple[str, Any]]
+
+
+@dataclass
+class StateWrite:
+    """``forward`` changed a plain attribute: ``holder``'s entry ``key`` became ``value`` (None: it was removed)."""
+
+    holder: Holder
+    key: Any
+    path: str
+    value: Assigned | None
+
+
+@dataclass
+class StateGuard:
+    """The capture holds only while ``holder``'s entry ``key`` looks like this."""
+
+    holder: Holder
+    key: Any
+    path: str
+    before: Any  # spec, or MISSING
+
+    def holds(self) -> bool:
+        now = self.holder.now()
+        return (flatten(now[self.key]).spec if self.key in now else MISSING) == self.before
+
+
+MISSING = "<missing>"
+
+
+@dataclass
+class Convention:
+    """How flat tensors become the model's call and its results.
+
+    Attributes:
+        input_spec: structure of ``(args, kwargs)``.
+        input_names: one name per input leaf.
+        output_spec: structure of the result.
+        output_count: number of flat user outputs.
+        passed_through: output leaf → input leaf, where the result *is* the caller's tensor.
+        arguments_after: what the argument containers hold after the call, None when untouched.
+        state_writes, state_guards: Python state of the model that the call changes, and rests on.
+    """
+
+    input_spec: Any
+    input_names: list[str]
+    output_spec: Any = None
+    output_count: int = 0
+    passed_through: dict[int, int] = field(default_factory=dict)
+    arguments_after: Assigned | None = None
+    state_writes: list[StateWrite] = field(default_factory=list)
+    state_guards: list[StateGuard] = field(default_factory=list)
+    state_changes: list[Change] = field(default_factory=list)
+
+
+class Shell(torch.nn.Module):
+    """See the module's docstring. ``convention`` is complete once ``forward`` has been traced."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        convention: Convention,
+        state: ModuleState,
+        around: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> None:
+        super().__init__()
+        own = self.__dict__
+        own["training"] = model.training
+        own["_parameters"] = model._parameters
+        own["_buffers"] = model._buffers
+        own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
+        own["_modules"] = dict(model._modules)
+        own["_nxfx"] = (model, convention, state, around)
+        self.slots: dict[str, Slot] = {}
+        plain = torch.nn.Module()
+        for number, slot in enumerate(state.slots()):
+            plain.register_buffer(f"plain_{number}", slot.tensor, persistent=False)
+            self.slots[f"{PLAIN}.plain_{number}"] = slot
+        if self.slots:
+            own["_modules"][PLAIN] = plain
+        # Export names placeholders after the parameters of `forward`.
+        names = convention.input_names
+        namespace: dict[str, Any] = {}
+        exec(f"def forward(self, {', '.join(names)}):\n    return self._run([{', '.join(names)}])", namespace)
+        own["forward"] = types.MethodType(namespace["forward"], self)
+
+    def _run(self, leaves: Sequence[torch.Tensor]) -> list[Any]:
+        model, convention, state, around = self._nxfx
+        args, kwargs = arguments = unflatten(convention.input_spec, leaves)
+        before = flatten(arguments, share=True)
+        with self._lend_plain_tensors(state) as lent, around():
+            result = model(*args, **kwargs)
+            changes = [c for c in state.changes() if lent.get(id(c.after)) is None or c.removed]
+        return self._conclude(convention, before, arguments, result, changes, leaves, lent)
+
+    @contextlib.contextmanager
+    def _lend_plain_tensors(self, state: ModuleState) -> Iterator[dict[int, str]]:
+        lent: dict[int, str] = {}
+        keep = []
+        for name, slot in self.slots.items():
+            tensor = self.get_buffer(name)
+            lent[id(tensor)] = slot.name
+            keep.append(tensor)
+            for holder, key in state.aliases(slot):
+                holder.set(key, tensor)
+        yield lent
+
+    @staticmethod
+    def _conclude(
+        convention: Convention,
+        before: Any,
+        arguments: Any,
+        result: Any,
+        changes: list[Change],
+        leaves: Sequence[torch.Tensor],
+        lent: dict[int, str],
+    ) -> list[Any]:
+        index_of = {id(leaf): i for i, leaf in enumerate(leaves)}
+        outputs: list[Any] = []
+
+        def assigned(flat: Any) -> Assigned:
+            origins: list[tuple[str, Any]] = []
+            for leaf in flat.leaves:
+                if id(leaf) in index_of:
+                    origins.append(("input", index_of[id(leaf)]))
+                elif id(leaf) in lent:
+                    origins.append(("state", lent[id(leaf)]))
+                else:
+                    origins.append(("output", len(outputs)))
+                    outputs.append(leaf)
+            return Assigned(flat.spec, origins)
+
+        same: dict[int, Path] = {}
+        for identity, path in before.mutable.items():
+            same[identity] = path
+        flat = flatten(result, same=same)
+        convention.output_spec, convention.output_count = flat.spec, len(flat.leaves)
+        convention.passed_through = {i: index_of[id(leaf)] for i, leaf in enumerate(flat.leaves) if id(leaf) in index_of}
+        outputs.extend(flat.leaves)
+
+        after = flatten(arguments, share=True)
+        if after.spec != before.spec or [id(x) for x in after.leaves] != [id(x) for x in before.leaves]:
+            convention.arguments_after = assigned(after)
+        convention.state_changes = changes
+        convention.state_writes = [
+            StateWrite(c.holder, c.key, c.path, None if c.removed else assigned(flatten(c.after))) for c in changes
+        ]
+        convention.state_guards = [
+            StateGuard(c.holder, c.key, c.path, flatten(c.before).spec if c.key in c.holder.content else MISSING) for c in changes
+        ]
+        return outputs
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(function: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def parameter_names(model: torch.nn.Module) -> list[str]:
+    """The names of ``forward``'s parameters."""
+    signature = _signature(model.forward)
+    return list(signature.parameters) if signature else []
+
+
+def bind(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], list[str]]:
+    """Canonical ``(args, kwargs)`` and the names of the positional ones.
+
+    However a call is spelled, it is bound the same way: positional where the signature allows, explicit defaults left out.
+
+    Raises:
+        TypeError: the arguments do not fit the signature of ``forward``; the message is Python's own.
+    """
+    signature = _signature(model.forward)
+    if signature is None:
+        return args, kwargs, [f"arg_{i}" for i in range(len(args))]
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{type(model).__name__}.forward() {error}") from None
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
+    for name, parameter in signature.parameters.items():
+        if name in bound.arguments and bound.arguments[name] is parameter.default:
+            if parameter.kind is not parameter.POSITIONAL_ONLY and not variadic:
+                del bound.arguments[name]
+    names = []
+    args = bound.args
+    for name, parameter in signature.parameters.items():
+        if len(names) == len(args):
+            break
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            names += [f"{name}_{i}" for i in range(len(bound.arguments.get(name, ())))]
+        else:
+            names.append(name)
+    return args, bound.kwargs, names

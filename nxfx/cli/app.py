@@ -1,0 +1,254 @@
+"""The commands, their options and their help. Each command's work is a module of its own.
+
+torch takes seconds to import, so those modules are imported when their command runs: help and usage errors do not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import nxfx
+from nxfx.cli import console
+from nxfx.errors import UsageError
+
+EXIT_CODES = "Exit codes: 0 done; 1 the model failed, or check found errors; 2 wrong usage; 130 interrupted."
+
+
+FORMATS = ("code", "text", "table", "json", "dot")
+REPORT_FORMATS = ("text", "json")
+
+
+class Commands(TyperGroup):
+    """Tells a usage error in one line, and knows the nearest name."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, ValueError):  # not a text file of ours
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        kwargs["standalone_mode"] = False
+        kwargs["prog_name"] = "nxfx"
+        try:
+            code = super().main(*args, **kwargs)
+        except (typer.Abort, KeyboardInterrupt):
+            console.say("interrupted")
+            code = console.INTERRUPTED
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # not one of typer's own
+                raise
+            command = getattr(getattr(error, "ctx", None), "command_path", "nxfx")
+            told = str(error.format_message()).rstrip(".")
+            console.say(f"{told}. Try '{command} --help'.", command=command)
+            code = console.USAGE
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.commands, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(self.commands)}."
+            ctx.fail(f"no command {name!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="[bold]Start here[/]\n\n\b\n"
+    "nxfx check model.py:tiny          what would go wrong on Neuron, and where\n"
+    "nxfx dump model.py:tiny --diff    what nxfx changes\n"
+    "nxfx passes                       what the passes are\n"
+    "nxfx doctor                       what this machine can compile for",
+)
+
+Spec = Annotated[
+    str,
+    typer.Argument(
+        metavar="SPEC",
+        show_default=False,
+        help="package.module:factory, path/file.py:factory, or a .pt2 file. The factory takes nothing and "
+        "returns model, (model, args) or (model, args, kwargs).",
+    ),
+]
+Target = Annotated[str, typer.Option("--target", metavar="NAME", help="inf2, trn1, trn2 or trn3.")]
+PipelineText = Annotated[
+    str | None,
+    typer.Option(
+        "--pipeline",
+        metavar="TEXT",
+        show_default=False,
+        help="Passes to run, in order: name{option=value; ...}, name, ... 'default' stands for the default ones, "
+        "'' for none.",
+    ),
+]
+Ranges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--range",
+        metavar="INPUT=LOW:HIGH",
+        show_default=False,
+        help="What an integer input can hold, both ends included; may be repeated.",
+    ),
+]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error too.")]
+Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Write there instead of standard output."),
+]
+
+ReportFormat = Annotated[
+    str, typer.Option("--format", "-f", metavar="|".join(REPORT_FORMATS), help="text for people, json for programs.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Cleans a PyTorch model's graph before AWS Neuron compiles it, so that the device computes what the author wrote.
+
+    A model is named by a SPEC: package.module:factory, path/file.py:factory or a .pt2 file. The factory takes
+    nothing and returns model, (model, args) or (model, args, kwargs).
+    """
+    if version:
+        console.emit(f"nxfx {nxfx.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        console.emit(context.get_help())
+
+
+@app.command(epilog=EXIT_CODES)
+def dump(
+    spec: Spec,
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format", "-f", metavar="|".join(FORMATS), help="code: Python. text: a terse line a node. dot: Graphviz."
+        ),
+    ] = "code",
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Show what changed, as a unified diff (code and text only).")
+    ] = False,
+    print_after: Annotated[
+        str | None,
+        typer.Option(
+            "--print-after",
+            metavar="changed|all|PASS",
+            show_default=False,
+            help="Also show the graph after each pass that changed it, after every pass, or after one pass "
+            "('capture': before any).",
+        ),
+    ] = None,
+    pipeline: PipelineText = None,
+    target: Target = "trn2",
+    ranges: Ranges = None,
+    output: Output = None,
+    traceback: Traceback = False,
+) -> None:
+    """Show the cleaned graph: the one that goes to the compiler.
+
+    [bold]Examples[/]
+
+    \b
+    nxfx dump model.py:tiny                       the graph as Python
+    nxfx dump model.py:tiny --diff                what the passes changed
+    nxfx dump model.py:tiny --diff --print-after changed
+                                                  ... pass by pass
+    nxfx dump model.py:tiny -f table --pipeline narrow-64bit
+                                                  one pass alone, as a table
+    nxfx dump model.py:tiny --pipeline ''         the graph as captured
+    nxfx dump saved.pt2 -f dot -o graph.dot       a saved program, for Graphviz
+    """
+    with console.reported("dump", traceback):
+        console.choose("format", format, FORMATS)
+        if diff and format not in ("code", "text"):
+            raise UsageError(f"--diff goes with --format code or text, not {format}")
+        from nxfx.cli import dump
+
+        request = dump.Request(spec, format, diff, print_after, pipeline, target, console.ranges(ranges or ()))
+        console.check_writable(output)
+        console.emit(dump.run(request), output, paint=console.paint_diff if diff else None)
+
+
+@app.command(epilog=EXIT_CODES)
+def check(
+    spec: Spec,
+    format: ReportFormat = "text",
+    strict_warnings: Annotated[bool, typer.Option("--strict-warnings", help="Exit 1 on warnings too.")] = False,
+    pipeline: PipelineText = None,
+    target: Target = "trn2",
+    ranges: Ranges = None,
+    output: Output = None,
+    traceback: Traceback = False,
+) -> None:
+    """Report what would go wrong on Neuron: each finding with its code, your file and line, and a fix. Changes nothing.
+
+    Exits 1 when there are error findings, 0 when there are only warnings.
+
+    [bold]Examples[/]
+
+    \b
+    nxfx check model.py:tiny
+    nxfx check mypackage.models:llama --target trn1 --range input_ids=0:128255
+    nxfx check model.py:tiny --format json -o report.json
+    """
+    with console.reported("check", traceback):
+        console.choose("format", format, REPORT_FORMATS)
+        from nxfx.cli import check
+
+        console.check_writable(output)
+        result = check.run(spec, pipeline, target, console.ranges(ranges or ()))
+        text = result.report.to_json() if format == "json" else str(result.report)
+        console.emit(text, output, paint=console.paint_report if format == "text" else None)
+        if result.error is not None:
+            raise result.error
+        if result.report.errors or (strict_warnings and result.report.warnings):
+            raise typer.Exit(console.FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", show_default=False, help="Explain this pass.")] = None,
+    traceback: Traceback = False,
+) -> None:
+    """List the passes in the order they run; with NAME, what that pass is given, what results, and its options.
+
+    [bold]Examples[/]
+
+    \b
+    nxfx passes
+    nxfx passes narrow-64bit
+    """
+    with console.reported("passes", traceback):
+        from nxfx.cli import passes
+
+        console.emit(passes.explain(name) if name is not None else passes.listing())
+
+
+@app.command(epilog=EXIT_CODES)
+def doctor(
+    format: ReportFormat = "text",
+    traceback: Traceback = False,
+) -> None:
+    """Say what is installed here, what nxfx can hand a cleaned graph to, and what to install for the rest."""
+    with console.reported("doctor", traceback):
+        console.choose("format", format, REPORT_FORMATS)
+        from nxfx.cli import doctor
+
+        diagnosis = doctor.diagnose()
+        console.emit(diagnosis.to_json() if format == "json" else str(diagnosis))
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,45 @@
+"""Moving a captured graph to another device: capture bakes the example's into factories, casts and assertions."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from nxfx.graph import meta, walk
+
+
+def devices_of(graph_module: fx.GraphModule) -> set[torch.device]:
+    """Every device that the graph names in an argument."""
+    found: set[torch.device] = set()
+
+    def note(value: object) -> object:
+        if isinstance(value, torch.device):
+            found.add(value)
+        return value
+
+    for scope in walk.scopes(graph_module):
+        for node in scope.graph_module.graph.nodes:
+            fx.node.map_aggregate((node.args, node.kwargs), note)
+    return found
+
+
+def retarget(graph_module: fx.GraphModule, device: torch.device) -> bool:
+    """Rewrite every device that the graph names to ``device``; says whether anything changed."""
+    changed = False
+
+    def swap(value: object) -> object:
+        return device if isinstance(value, torch.device) else value
+
+    for scope in walk.scopes(graph_module):
+        touched = False
+        for node in scope.graph_module.graph.nodes:
+            if any(isinstance(v, torch.device) and v != device for v in (*node.args, *node.kwargs.values())):
+                node.args, node.kwargs = fx.node.map_aggregate(node.args, swap), fx.node.map_aggregate(dict(node.kwargs), swap)
+                touched = True
+            value = meta.val(node)
+            if isinstance(value, meta.FakeTensor) and value.device != device:
+                node.meta["val"] = meta.move(value, device)
+        if touched:
+            scope.graph_module.recompile()
+            changed = True
+    return changed

@@ -1,0 +1,267 @@
+"""Writes at positions that are data (index tensors, a bool mask, a diagonal) as masks and placed values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from nxfx.graph import meta
+from nxfx.graph.masks import MaskBuilder, has_shape, is_one, size_at
+from nxfx.graph.regions import Axis
+from nxfx.graph.slices import Extent, is_known
+
+aten = torch.ops.aten
+
+# What a dim runs along: a base axis; None: nothing, it has size 1; a negative number (the same for the same dim of all index
+# tensors): it is free, several positions are chosen along it.
+Label: TypeAlias = "int | None"
+
+
+def is_free(label: Label) -> bool:
+    """Whether a dim with this label runs over several chosen positions."""
+    return label is not None and label < 0
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """An index tensor that holds ``start + step * i (+ offset)`` along ``dim`` and varies along other dims by its offset only.
+
+    Attributes:
+        offset: an integer node that broadcasts to the index tensor and has size 1 along ``dim``, or None.
+    """
+
+    dim: int
+    start: int
+    step: int
+    count: Any
+    offset: fx.Node | None = None
+
+
+@dataclass
+class Target:
+    """An index tensor that chooses positions of ``axis``.
+
+    Attributes:
+        labels: what each of its dims runs along.
+        wraps: its elements may be negative and count from the end.
+        window: the ramp it is along its free dim, with step 1, when the write needs to know which element goes where.
+    """
+
+    axis: int
+    index: fx.Node
+    labels: list[Label]
+    wraps: bool = False
+    window: Ramp | None = None
+
+    @property
+    def varies(self) -> bool:
+        """Whether it chooses several positions for each element of the other axes."""
+        return any(map(is_free, self.labels))
+
+
+@dataclass
+class IndexWrite:
+    """A write at positions that are not slices.
+
+    Attributes:
+        base: what is written into.
+        value: what is written, None when every element is ``number``; ``labels[i]`` tells what the value's dim i runs along.
+        number: a real 0-d tensor of the base's dtype.
+        axes: base axis → the positions written, for axes indexed in order; an axis that is nowhere else is written whole.
+        targets: axes whose positions are data.
+        chooser: the target along whose free dim the value differs.
+        mask: a bool tensor over the base's axes ``mask_axes``.
+        diagonal: ``(row axis, column axis, offset)``: only elements with column = row + offset are written.
+        accumulate: the value is added to what stands there.
+        cut: sizes that the value is first narrowed to (a scatter source may be larger than its index).
+    """
+
+    base: fx.Node
+    value: fx.Node | None
+    number: torch.Tensor | None = None
+    labels: list[Label] = field(default_factory=list)
+    axes: dict[int, Axis] = field(default_factory=dict)
+    targets: list[Target] = field(default_factory=list)
+    chooser: Target | None = None
+    mask: fx.Node | None = None
+    mask_axes: list[int] = field(default_factory=list)
+    diagonal: tuple[int, int, int] | None = None
+    accumulate: bool = False
+    cut: list[Any] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        extents = (shown for shown in self.axes.values() if isinstance(shown, Extent))
+        return any(e.is_empty for e in extents) or any(0 in meta.val(t.index).shape for t in self.targets)
+
+    @property
+    def value_is_free(self) -> bool:
+        """Whether the value differs between several positions of one axis."""
+        return self.value is not None and any(map(is_free, self.labels))
+
+    @property
+    def kind(self) -> str:
+        """How the positions are given, for the report."""
+        if self.mask is not None:
+            return "bool"
+        if self.diagonal is not None:
+            return "diagonal"
+        if self.chooser is not None:
+            return "window" if self.chooser.window else "distinct"
+        if any(t.varies for t in self.targets):
+            return "member"
+        return "position" if self.targets else "order"
+
+
+class IndexMasks:
+    """Builds the mask and the placed value of one :class:`IndexWrite`. The nodes of ``write`` are those of the graph as it is."""
+
+    def __init__(self, masks: MaskBuilder, write: IndexWrite) -> None:
+        self.masks, self.write, self.base = masks, write, write.base
+        self.rank = meta.val(write.base).dim()
+        # For each position along the chooser's axis, which element of the value goes there.
+        self.taken: fx.Node | None = None
+
+    def mask(self) -> fx.Node | None:
+        """Where is written; None: everywhere."""
+        masks, write, rank = self.masks, self.write, self.rank
+        ordered = masks.axes_mask(self.base, write.axes)
+        parts = [] if ordered is None else [ordered]
+        if write.mask is not None:
+            parts.append(masks.align(write.mask, write.mask_axes, rank))
+        if write.diagonal is not None:
+            parts.append(self._diagonal(*write.diagonal))
+        free = sorted({x for t in write.targets for x in t.labels if x is not None and x < 0})
+        depth = {x: rank + i for i, x in enumerate(free)}
+        members = []
+        for target in write.targets:
+            if target is write.chooser:
+                parts.append(self._chosen(target))
+            elif target.varies:
+                members.append(self._equal(target, [depth.get(x, x) if x is not None else x for x in target.labels], rank + len(free)))
+            else:
+                parts.append(self._equal(target, target.labels, rank))
+        together = masks.all_of(members)
+        if together is not None:
+            parts.append(self._any(together, len(free)))
+        return masks.all_of(parts)
+
+    def value(self) -> fx.Node:
+        """What is written, as it broadcasts to the base; call :meth:`mask` first."""
+        write, masks = self.write, self.masks
+        assert write.value is not None
+        node = write.value
+        for dim, size in enumerate(write.cut or ()):
+            if not is_known(size == size_at(node, dim)):
+                node = masks.build.call(aten.slice.Tensor, node, dim, 0, size)
+        axes = [write.chooser.axis if write.chooser is not None and is_free(x) else x for x in write.labels]
+        node = masks.place(masks.align(node, axes, self.rank), self.base, write.axes, rank=self.rank)
+        return node if write.chooser is None else self._take(node, write.chooser.axis)
+
+    def _diagonal(self, row: int, column: int, offset: int) -> fx.Node:
+        rows, columns = self.masks.positions(self.base, row), self.masks.positions(self.base, column)
+        rows = self._shifted(rows, offset)
+        return self.masks.equal(self.masks.align(rows, [row], self.rank), self.masks.align(columns, [column], self.rank))
+
+    def _shifted(self, positions: fx.Node, by: int) -> fx.Node:
+        if by == 0:
+            return positions
+        value, build = meta.val(positions), self.masks.build
+        return self.masks.shared(("shift", positions, by), lambda: build.known(value, aten.add.Tensor, positions, by))
+
+    def _equal(self, target: Target, axes: Sequence[int | None], depth: int) -> fx.Node:
+        """Where a position along the target's axis is an index, over ``depth`` axes (the free dims stand last)."""
+        masks, index = self.masks, target.index
+        if target.wraps:
+            index = self._wrapped(index, masks.size(self.base, target.axis))
+        index = masks.place(masks.align(index, axes, depth), self.base, self.write.axes, rank=depth)
+        positions = masks.positions(self.base, target.axis, meta.val(index).dtype)
+        return masks.equal(masks.align(positions, [target.axis], depth), index)
+
+    def _wrapped(self, index: fx.Node, size: Any) -> fx.Node:
+        """An index tensor with its negative elements counted from the end."""
+
+        def make() -> fx.Node:
+            negative = self.masks.compare(aten.lt.Scalar, index, 0)
+            shifted = self.masks.build.call(aten.add.Tensor, index, size)
+            return self.masks.build.call(aten.where.self, negative, shifted, index)
+
+        return self.masks.shared(("wrap", index, size), make)
+
+    def _any(self, mask: fx.Node, dims: int) -> fx.Node:
+        """Whether ``mask`` holds anywhere in its last ``dims`` dims."""
+        build = self.masks.build
+
+        def fold() -> fx.Node:
+            folded = mask
+            for _ in range(dims):
+                folded = build.call(aten.any.dim, folded, -1)
+            return folded
+
+        return self.masks.shared(("any", mask, dims), fold)
+
+    def _chosen(self, target: Target) -> fx.Node:
+        """Where the target's axis is chosen; which element goes there is noted."""
+        if target.window is not None:
+            return self._window(target, target.window)
+        equal = self._equal(target, [self.rank if is_free(x) else x for x in target.labels], self.rank + 1)
+        build = self.masks.build
+
+        def first() -> fx.Node:  # at most one index is equal; where none is, nothing is written
+            return build.call(aten.argmax.default, build.cast(equal, torch.int32), -1)
+
+        self.taken = self.masks.shared(("first", equal), first)
+        return self._any(equal, 1)
+
+    def _window(self, target: Target, ramp: Ramp) -> fx.Node:
+        """A run of positions from an offset on: an element's number in the run is its distance from the start."""
+        masks, build, axis = self.masks, self.masks.build, target.axis
+        positions = masks.align(masks.positions(self.base, axis, meta.val(target.index).dtype), [axis], self.rank)
+        offset = ramp.offset
+        if offset is not None:
+            labels = target.labels[len(target.labels) - meta.val(offset).dim() :]
+            axes = [None if is_one(size_at(offset, dim)) else label for dim, label in enumerate(labels)]
+            offset = masks.place(masks.align(offset, axes, self.rank), self.base, self.write.axes, rank=self.rank)
+        size = masks.size(self.base, axis) if target.wraps else None
+
+        def distance() -> fx.Node:
+            moved = self._shifted(positions, -ramp.start)
+            moved = moved if offset is None else build.call(aten.sub.Tensor, moved, offset)
+            if size is None:
+                return moved
+            # A run that starts below zero wraps: its positions count from the end.
+            beyond = build.call(aten.ge.Scalar, moved, ramp.count)
+            return build.call(aten.where.self, beyond, build.call(aten.sub.Tensor, moved, size), moved)
+
+        number = masks.shared(("window", positions, offset, ramp.start, ramp.count, size), distance)
+        clamped = masks.shared(("clamp", number, ramp.count), lambda: build.call(aten.clamp.default, number, 0, ramp.count - 1))
+        self.taken = clamped
+        return masks.both(masks.compare(aten.ge.Scalar, number, 0), masks.compare(aten.lt.Scalar, number, ramp.count))
+
+    def _take(self, node: fx.Node, axis: int) -> fx.Node:
+        """``node``'s elements at the noted places along ``axis``."""
+        masks, build, index = self.masks, self.masks.build, self.taken
+        assert index is not None
+        back = self.rank - axis  # aligned tensors agree in their last dims
+        at, shape = meta.val(index).dim() - back, meta.val(index).shape
+        if all(is_one(size) for dim, size in enumerate(shape) if dim != at):
+            size = masks.size(index, at)
+            flat = index if len(shape) == 1 else masks.shared(("flat", index), lambda: build.call(aten.view.default, index, [size]))
+            return build.call(aten.index_select.default, node, meta.val(node).dim() - back, flat)
+        depth = max(meta.val(node).dim(), len(shape))
+        own, theirs = (
+            [1] * (depth - meta.val(t).dim()) + [masks.size(t, d) for d in range(meta.val(t).dim())] for t in (node, index)
+        )
+        joint = [t if is_one(o) else o for o, t in zip(own, theirs, strict=True)]
+        source, wanted = list(joint), list(joint)
+        source[depth - back], wanted[depth - back] = own[depth - back], theirs[depth - back]
+        return build.call(aten.gather.default, self._expanded(node, source), depth - back, self._expanded(index, wanted))
+
+    def _expanded(self, node: fx.Node, sizes: list[Any]) -> fx.Node:
+        if has_shape(node, [self.masks.calculus.value(size) for size in sizes]):
+            return node
+        return self.masks.build.call(aten.expand.default, node, sizes)

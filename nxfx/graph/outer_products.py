@@ -1,0 +1,76 @@
+"""Matrix products that sum over one element, and the broadcast products they are.
+
+``inv_freq[:, None] @ positions[None, :]`` is the usual one. A compiler that runs float32 matrix products in bf16 (neuronx-cc's
+``--auto-cast=matmult``) rounds its operands; the broadcast product computes the same and is left alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from nxfx.graph import meta
+from nxfx.graph.builder import NodeBuilder
+
+aten = torch.ops.aten
+
+PRODUCTS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default})
+
+
+def operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two factors of a matrix product with one term a sum; None for any other."""
+    if node.target is aten.einsum.default:
+        return tuple(node.args[1]) if _labels(node) is not None else None  # type: ignore[arg-type,return-value]
+    a, b = node.args[:2]
+    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return None
+    left, right = meta.val(a), meta.val(b)
+    if left.dim() < 2 or right.dim() < 2 or not _is_one(left.shape[-1]) or not _is_one(right.shape[-2]):
+        return None
+    # A region that torch.autocast governs gives another dtype than the operands' own.
+    return (a, b) if left.dtype == right.dtype == meta.dtype_of(node) else None
+
+
+def spread(build: NodeBuilder, node: fx.Node) -> fx.Node:
+    """Replace the product ``node`` by a broadcast ``mul`` of the same shape and strides."""
+    factors = operands(node)
+    assert factors is not None
+    a, b = factors
+    with build.before(node):
+        labels = _labels(node)
+        if labels is not None:
+            a, b = _aligned(build, a, labels[0], labels[2]), _aligned(build, b, labels[1], labels[2])
+        product = build.call(aten.mul.Tensor, a, b)
+        if str(meta.val(product).stride()) != str(meta.val(node).stride()):
+            product = build.call(aten.clone.default, product, memory_format=torch.contiguous_format)
+    node.replace_all_uses_with(product)
+    build.graph.erase_node(node)
+    return product
+
+
+def _is_one(size: object) -> bool:
+    return type(size) is int and size == 1
+
+
+def _labels(node: fx.Node) -> tuple[str, str, str] | None:
+    """``("i", "j", "ij")`` for an einsum of two operands that sums over nothing."""
+    if node.target is not aten.einsum.default:
+        return None
+    equation, factors = node.args[0], node.args[1]
+    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return None
+    inputs, output = equation.replace(" ", "").split("->")
+    parts = inputs.split(",")
+    if len(parts) != 2 or len(factors) != 2 or any(len(set(p)) != len(p) for p in (*parts, output)):  # type: ignore[arg-type]
+        return None
+    return (parts[0], parts[1], output) if set(parts[0]) | set(parts[1]) == set(output) else None
+
+
+def _aligned(build: NodeBuilder, node: fx.Node, labels: str, output: str) -> fx.Node:
+    order = sorted(range(len(labels)), key=lambda i: output.index(labels[i]))
+    if order != sorted(order):
+        node = build.call(aten.permute.default, node, order)
+    for position, label in enumerate(output):
+        if label not in labels:
+            node = build.call(aten.unsqueeze.default, node, position)
+    return node

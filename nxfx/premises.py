@@ -1,0 +1,47 @@
+"""Premises: proofs that rest on the present value of a buffer, guarded by identity and ``_version``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from nxfx.analysis.provenance import Premise
+from nxfx.errors import PrepareError
+from nxfx.graph.meta import FakeTensor
+
+
+def check_premises(
+    premises: Iterable[Premise], tensor_of: Callable[[str], torch.Tensor], stamps: dict[str, tuple[int, int]]
+) -> None:
+    """Re-check the premises whose tensor changed since ``stamps`` were taken; ``stamps`` is brought up to date.
+
+    Raises:
+        PrepareError: a premise no longer holds: the graph would compute something else than the model.
+    """
+    fresh: dict[str, tuple[int, int]] = {}
+    for premise in premises:
+        tensor = tensor_of(premise.source)
+        stamp = (id(tensor), tensor._version)
+        if stamps.get(premise.source) == stamp:
+            continue
+        if premise.source in stamps and not holds(premise, tensor):
+            raise PrepareError(
+                f"{premise.source!r} changed and no longer is what the graph was proved with ({premise.fact}"
+                f"{f' {list(premise.detail)}' if premise.detail else ''}): prepare the model again"
+            )
+        fresh[premise.source] = stamp
+    stamps.update(fresh)
+
+
+def holds(premise: Premise, tensor: torch.Tensor) -> bool:
+    """Whether the fact is true of ``tensor`` now."""
+    if tensor.numel() == 0 or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return True
+    if premise.fact == "range":
+        assert premise.detail is not None
+        low, high = torch.aminmax(tensor)
+        return premise.detail[0] <= low.item() and high.item() <= premise.detail[1]
+    if premise.fact == "finite-nonnegative":
+        return bool(torch.isfinite(tensor).all() and (tensor >= 0).all() and not torch.signbit(tensor).any())
+    return False

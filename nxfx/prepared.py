@@ -1,0 +1,388 @@
+"""PreparedModule: called exactly like the model, computes with the cleaned graph."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx import device as devices
+from nxfx.analysis.dtype_rules import integer_bounds, is_integral, narrow
+from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard
+from nxfx.capture.export import Capture
+from nxfx.capture.shell import Assigned, bind
+from nxfx.capture.structure import Flat, at, flatten, unflatten, update
+from nxfx.capture.unlift import CONSTANTS, STATE, own_buffer
+from nxfx.errors import PrepareError
+from nxfx.graph import meta
+from nxfx.premises import check_premises
+from nxfx.report import Report
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What one capture serves: everything about a call but the values of its tensors.
+
+    Attributes:
+        structure: containers, static Python values and their types.
+        tensors: per input leaf ``(dtype, shape with None for dynamic dims, device, layout)``.
+        training, grad: the model's mode, and whether gradients are recorded.
+        autocast: ``(device type, dtype)`` of the active autocast, or None.
+    """
+
+    structure: Any
+    tensors: tuple[tuple[torch.dtype, tuple[int | None, ...], str], ...]
+    training: bool
+    grad: bool
+    autocast: tuple[str, torch.dtype] | None
+
+    def __str__(self) -> str:
+        tensors = ", ".join(
+            f"{str(d).removeprefix('torch.')}[{', '.join('*' if s is None else str(s) for s in shape)}]" for d, shape, _ in self.tensors
+        )
+        return f"({tensors}){' training' if self.training else ''}"
+
+
+def _autocast_state() -> tuple[str, torch.dtype] | None:
+    for device_type in ("cpu", "cuda", "xla"):
+        try:
+            if torch.is_autocast_enabled(device_type):
+                return device_type, torch.get_autocast_dtype(device_type)
+        except RuntimeError:  # this build of torch has no autocast for the device
+            continue
+    return None
+
+
+class CapturedCall:
+    """One capture after the pipeline: the cleaned graph, its boundary, and how to run it on behalf of the model."""
+
+    def __init__(
+        self, model: torch.nn.Module, capture: Capture, boundary: Boundary, report: Report, *, check: Check, training: bool
+    ) -> None:
+        self.model = model
+        self.graph_module = capture.graph_module
+        self.convention = capture.convention
+        self.boundary = boundary
+        self.report = report
+        self.check: Check = check
+        self.training = training
+        self.mutated_buffers = capture.mutated_buffers
+        self.mutated_inputs = capture.mutated_inputs
+        self.sources = capture.sources
+        self.plain = capture.plain_tensors
+        self.state_inputs = capture.state_inputs
+        self.shapes = ShapeGuard(self.graph_module)
+        names = self.convention.input_names
+        self._passed = [i for i, n in enumerate(names) if n not in self.state_inputs]
+        self.placeholders = [meta.val(n) for n in self.graph_module.graph.find_nodes(op="placeholder")]
+        self._twins: dict[str, tuple[int, int]] = {}
+        self._premise_stamps: dict[str, tuple[int, int]] = {}
+        for name, dtype in boundary.narrowed_buffers.items():
+            own_buffer(self.graph_module, name, self._model_buffer(name).to(narrow(dtype)))
+        owners = {name.rpartition(".")[0] for name in (*boundary.narrowed_buffers, *self.plain)}
+        modules = dict(model.named_modules())
+        self._owners = [path for path in owners if path in modules]
+        self._sync()
+        self.example_inputs = tuple(boundary.admit([capture.example_inputs[i] for i in self._passed], check))
+
+    # -- the model's tensors ------------------------------------------------------------------------------------------------
+
+    def _model_buffer(self, name: str) -> torch.Tensor:
+        if name in self.plain:
+            tensor: torch.Tensor = self.plain[name].tensor
+            return tensor
+        try:
+            return self.model.get_buffer(name)
+        except AttributeError:
+            return self.graph_module.get_buffer(name)  # a constant that capture lifted
+
+    def _sync(self) -> None:
+        """Bring the graph's own copies up to date with the model's: plain tensors by identity, 32-bit twins by version."""
+        self._share_replaced()
+        for name in self.plain:
+            tensor = self._model_buffer(name)
+            if name not in self.boundary.narrowed_buffers and self.graph_module.get_buffer(name) is not tensor:
+                own_buffer(self.graph_module, name, tensor)
+        for name in self.boundary.narrowed_buffers:
+            wide = self._model_buffer(name)
+            stamp = (id(wide), wide._version)
+            if self._twins.get(name) == stamp:
+                continue
+            twin = self.graph_module.get_buffer(name)
+            if wide is twin:
+                continue
+            if is_integral(wide.dtype):
+                InputRule(name, twin.dtype, *integer_bounds(twin.dtype), "int32").enforce(wide, "always")
+            fresh = wide.to(twin.dtype)
+            if twin.shape == fresh.shape and twin.device == fresh.device:
+                with torch.no_grad():
+                    twin.copy_(fresh)
+            else:
+                own_buffer(self.graph_module, name, fresh)
+            self._twins[name] = stamp
+        check_premises(self.report.premises, self._model_buffer, self._premise_stamps)
+
+    def _share_replaced(self) -> None:
+        """Modules of the graph that hold a buffer of their own have a copy of the registry: buffers replaced in the model follow."""
+        for path in self._owners:
+            own, theirs = self.graph_module.get_submodule(path)._buffers, self.model.get_submodule(path)._buffers
+            for leaf, tensor in theirs.items():
+                if own.get(leaf) is not tensor and f"{path}.{leaf}".lstrip(".") not in self.boundary.narrowed_buffers:
+                    own[leaf] = tensor
+
+    # -- the call -----------------------------------------------------------------------------------------------------------
+
+    def holds(self) -> bool:
+        """Whether the model's Python state still is what the capture rests on."""
+        return all(guard.holds() for guard in self.convention.state_guards) and all(
+            self._plain_fits(name) for name in self.plain
+        )
+
+    def _plain_fits(self, name: str) -> bool:
+        slot = self.plain[name]
+        value = slot.holder.now().get(slot.key)
+        was = slot.holder.content[slot.key]
+        return isinstance(value, torch.Tensor) and value.dtype == was.dtype and value.shape == was.shape
+
+    def __call__(self, flat: Flat, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        passed = [flat.leaves[i] for i in self._passed]
+        self.shapes.enforce(passed, [rule.name for rule in self.boundary.inputs])
+        admitted = self.boundary.admit(passed, self.check)
+        self._sync()
+        self._load_state(flat.leaves)
+        if self.training:
+            results = self.graph_module(*admitted)
+        else:
+            with torch.no_grad():
+                results = self.graph_module(*admitted)
+        return self._conclude(self.boundary.restore(results), flat.leaves, arguments)
+
+    def _load_state(self, leaves: list[Any]) -> None:
+        names = self.convention.input_names
+        with torch.no_grad():
+            for name, buffer in self.state_inputs.items():
+                self.graph_module.get_buffer(buffer).copy_(leaves[names.index(name)])
+
+    def _conclude(self, outputs: list[Any], inputs: list[torch.Tensor], arguments: Any) -> Any:
+        convention = self.convention
+        with torch.no_grad():
+            for name, position in self.mutated_buffers.items():
+                self._write_buffer(name, outputs[position])
+            names = convention.input_names
+            for name, position in self.mutated_inputs.items():
+                inputs[names.index(name)].copy_(outputs[position])
+            for name, buffer in self.state_inputs.items():
+                if buffer in self.mutated_buffers:
+                    inputs[names.index(name)].copy_(outputs[self.mutated_buffers[buffer]])
+        if convention.arguments_after is not None:
+            after = convention.arguments_after
+            update(arguments, after.spec, self._resolve(after, outputs, inputs))
+        for state_write in convention.state_writes:
+            if state_write.value is None:
+                state_write.holder.delete(state_write.key)
+                continue
+            value = unflatten(state_write.value.spec, self._resolve(state_write.value, outputs, inputs))
+            state_write.holder.set(state_write.key, value)
+        leaves = list(outputs[: convention.output_count])
+        for output, source in convention.passed_through.items():
+            leaves[output] = inputs[source]
+        return unflatten(convention.output_spec, leaves, lambda path: at(arguments, path))
+
+    def _write_buffer(self, name: str, value: torch.Tensor) -> None:
+        self._model_buffer(name).copy_(value)
+        if name in self.boundary.narrowed_buffers:
+            wide = self._model_buffer(name)
+            self.graph_module.get_buffer(name).copy_(value)
+            self._twins[name] = (id(wide), wide._version)
+
+    def _resolve(self, assigned: Assigned, outputs: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
+        found = {"input": inputs.__getitem__, "output": outputs.__getitem__, "state": self._model_buffer}
+        return [found[kind](key) for kind, key in assigned.leaves]
+
+    # -- for compilers ------------------------------------------------------------------------------------------------------
+
+    @property
+    def input_output_aliases(self) -> dict[torch.Tensor, int]:
+        return {self.graph_module.get_buffer(n): i for n, i in self.mutated_buffers.items()}
+
+    def move(self, device: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Follow the model to ``device``: the graph's own tensors and every device it names."""
+        for name in dict.fromkeys((*self.boundary.narrowed_buffers, *self._owned())):
+            own_buffer(self.graph_module, name, fn(self.graph_module.get_buffer(name)))
+        self._twins.clear()
+        devices.retarget(self.graph_module, device)
+        self.example_inputs = tuple(fn(t) for t in self.example_inputs)
+
+    def _owned(self) -> list[str]:
+        """Names of the tensors that only the graph holds: lifted constants and state inputs."""
+        found = []
+        for holder in (CONSTANTS, STATE):
+            module = self.graph_module._modules.get(holder)
+            if module is not None:
+                found += [f"{holder}.{name}" for name in module._buffers]
+        return found
+
+
+Capturer = Callable[[tuple[Any, ...], dict[str, Any]], CapturedCall]
+
+
+class PreparedModule(torch.nn.Module):
+    """A model whose graph nxfx has cleaned. Made by :func:`nxfx.prepare`.
+
+    It is called exactly like the model and gives what the model gives: same structure, dtypes, and effects on arguments,
+    buffers and attributes. It shares the model's registries: the same parameter and buffer objects under the same names, so
+    ``state_dict``, ``load_state_dict`` and weight replacement on either serve both. Attributes it does not have are the model's.
+    """
+
+    def __init__(self, model: torch.nn.Module, capturer: Capturer, *, training: bool = False) -> None:
+        super().__init__()
+        own = self.__dict__
+        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            own[registry] = model.__dict__[registry]
+        own["training"] = model.training
+        own["_model"] = model
+        own["_capturer"] = capturer
+        own["_allow_grad"] = training
+        own["_captures"] = {}
+        own["_dynamic"] = {}
+        own["_lock"] = threading.RLock()
+
+    # -- calling ------------------------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs, _ = bind(self._model, args, kwargs)
+        arguments = (args, kwargs)
+        flat = flatten(arguments, share=True)
+        return self._captured(flat, arguments)(flat, arguments)
+
+    def capture(self, *args: Any, **kwargs: Any) -> CapturedCall:
+        """Capture for these arguments without running anything; a call that fits an existing capture returns that."""
+        args, kwargs, _ = bind(self._model, args, kwargs)
+        arguments = (args, kwargs)
+        return self._captured(flatten(arguments, share=True), arguments)
+
+    def _captured(self, flat: Flat, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> CapturedCall:
+        signature = self._signature(flat)
+        found = self._captures.get(signature)
+        if found is None or not found.holds():
+            with self._lock:
+                found = self._captures.get(signature)
+                if found is None or not found.holds():
+                    found = self._capturer(*arguments)
+                    self._learn_dynamic_dims(flat, found)
+                    self._captures[self._signature(flat)] = found
+        return found
+
+    def _signature(self, flat: Flat) -> Signature:
+        dynamic = self._dynamic.get(flat.spec, {})
+        tensors = tuple(
+            (leaf.dtype, tuple(None if (i, d) in dynamic else n for d, n in enumerate(leaf.shape)), str(leaf.device))
+            for i, leaf in enumerate(flat.leaves)
+            if isinstance(leaf, torch.Tensor)
+        )
+        grad = self._allow_grad and torch.is_grad_enabled()
+        return Signature(flat.spec, tensors, self._model.training, grad, _autocast_state())
+
+    def _learn_dynamic_dims(self, flat: Flat, found: CapturedCall) -> None:
+        self._dynamic[flat.spec] = {
+            (i, d): True
+            for i, value in enumerate(found.placeholders)
+            for d, size in enumerate(value.shape)
+            if not isinstance(size, int)
+        }
+
+    # -- what was captured --------------------------------------------------------------------------------------------------
+
+    @property
+    def captures(self) -> dict[Signature, CapturedCall]:
+        """Signature → capture, in order of capture."""
+        return dict(self._captures)
+
+    def _only(self) -> CapturedCall:
+        if len(self._captures) == 1:
+            return next(iter(self._captures.values()))
+        if not self._captures:
+            raise PrepareError("nothing is captured yet: call the prepared module once, or give prepare() example arguments")
+        listed = "; ".join(map(str, self._captures))
+        raise PrepareError(f"{len(self._captures)} captures exist, choose one from .captures: {listed}")
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The cleaned graph: flat tensors in and out, as it goes to the compiler."""
+        return self._only().graph_module
+
+    @property
+    def example_inputs(self) -> tuple[torch.Tensor, ...]:
+        """The example after the boundary: ready for ``torch_neuronx.trace(p.graph_module, p.example_inputs)``."""
+        return self._only().example_inputs
+
+    @property
+    def input_output_aliases(self) -> dict[torch.Tensor, int]:
+        """The graph's buffer that each output updates in place: ``{buffer tensor: output index}``."""
+        return self._only().input_output_aliases
+
+    @property
+    def mutated_inputs(self) -> dict[str, int]:
+        """Inputs that the model writes: ``{input name: output index}``."""
+        return dict(self._only().mutated_inputs)
+
+    @property
+    def report(self) -> Report:
+        """What was rewritten, found and assumed."""
+        return self._only().report
+
+    @property
+    def compiler_args(self) -> list[str]:
+        """The neuronx-cc flags that this graph needs on its target; each is explained in the report."""
+        return list(self._only().report.compiler_args)
+
+    # -- being the model ----------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.__dict__["_model"], name)
+        if isinstance(value, types.MethodType) and value.__self__ is self.__dict__["_model"]:
+            # `generate` and its helpers call `self(...)`: let that be the prepared module. Methods that use super() cannot move.
+            function = inspect.unwrap(value.__func__)
+            if "__class__" not in getattr(function, "__code__", types.SimpleNamespace(co_freevars=("__class__",))).co_freevars:
+                return types.MethodType(value.__func__, self)
+        return value
+
+    def train(self, mode: bool = True) -> PreparedModule:
+        """Sets the model's mode too: prepared and model are one."""
+        self._model.train(mode)
+        self.__dict__["training"] = mode
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PreparedModule:
+        before = {id(t): t for t in (*self.parameters(), *self.buffers())}
+        super()._apply(fn, recurse)
+        with self._lock:
+            for signature, found in list(self._captures.items()):
+                old = next((t.device for t in found.example_inputs), None) or next((t.device for t in before.values()), None)
+                device = fn(torch.empty(0, device=old)).device
+                if device != old:
+                    self._captures.pop(signature)
+                    found.move(device, fn)
+                    tensors = tuple((d, s, str(device)) for d, s, _ in signature.tensors)
+                    moved = Signature(signature.structure, tensors, signature.training, signature.grad, signature.autocast)
+                    self._captures[moved] = found
+        return self
+
+    def save(self, path: str | FilePath) -> None:
+        """Write graph, weights, boundary and report to one file; :func:`nxfx.load` reads it back."""
+        from nxfx.storage import save
+
+        save(self, path)
+
+    def extra_repr(self) -> str:
+        return f"captures={len(self._captures)}"

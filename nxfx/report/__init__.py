@@ -1,0 +1,8 @@
+"""What nxfx did and what it found: locations, rewrites, findings and their renderings."""
+
+from nxfx.report.findings import CODES, Finding, Severity
+from nxfx.report.locations import Location, locate
+from nxfx.report.report import Report
+from nxfx.report.rewrites import Kind, Rewrite
+
+__all__ = ["CODES", "Finding", "Kind", "Location", "Report", "Rewrite", "Severity", "locate"]

@@ -1,0 +1,1 @@
+"""Checking that a candidate computes what the model computes."""

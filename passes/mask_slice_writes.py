@@ -1,0 +1,390 @@
+"""mask-slice-writes: writes into parts of a tensor become masks and one element-wise op."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis import dtype_rules
+from nxfx.analysis.finiteness import Finiteness
+from nxfx.analysis.index_writes import INDEX_WRITES, Indices, read_index_write
+from nxfx.analysis.slice_writes import SCATTERS, SliceWrite, read_slice_write, written_value
+from nxfx.analysis.uniform import UniformValues
+from nxfx.analysis.views import Views
+from nxfx.graph import meta, storage
+from nxfx.graph.builder import NodeBuilder
+from nxfx.graph.index_masks import IndexMasks, IndexWrite
+from nxfx.graph.masks import MaskBuilder, has_shape
+from nxfx.graph.regions import Region, SymbolicSlice
+from nxfx.graph.slices import is_known
+from nxfx.pipeline import Pass, PassContext, PassResult
+from nxfx.report.findings import Severity
+from nxfx.report.rewrites import Kind
+
+aten = torch.ops.aten
+
+_REDUCES = "it reduces what it writes"
+_KEPT = {
+    aten.masked_scatter.default: "the value that goes to a masked element depends on how many come before it",
+    aten.scatter.reduce: _REDUCES,
+    aten.scatter.value_reduce: _REDUCES,
+    aten.scatter_reduce.two: _REDUCES,
+    aten.index_reduce.default: _REDUCES,
+    aten.put.default: "it writes through flat indices",
+}
+_FIXES = {
+    "NX201": "write torch.where(mask, value, tensor) with a mask made of torch.arange comparisons and a value of the tensor's shape",
+    "NX202": "index with torch.arange plus one position, with the indices of topk or sort, or with one position",
+}
+# Dtypes that have no `where` on some supported torch.
+_NO_SELECT = frozenset({torch.uint16, torch.uint32, torch.uint64})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of mask-slice-writes.
+
+    Attributes:
+        multiply: when a zero fill becomes ``base * mask``: ``"proved"`` (the base is proved finite and non-negative),
+            ``"never"`` (or ``"off"``), or ``"always"`` (nan where the base holds inf or nan: each one is reported, NX204).
+    """
+
+    multiply: str = "proved"
+
+    def __post_init__(self) -> None:
+        if self.multiply == "off":
+            object.__setattr__(self, "multiply", "never")
+        if self.multiply not in ("proved", "never", "always"):
+            raise ValueError(f"option 'multiply' is proved, never or always, not {self.multiply!r}")
+
+
+class MaskSliceWrites(Pass):
+    """A write into part of a tensor becomes one mask and one element-wise op; no scatter is left.
+
+    Given (``x[:2, 1:3] = 0`` with ``x`` of shape [4, 6])::
+
+        %rows : float32[2, 6] = slice(x, 0, 0, 2)
+        %part : float32[2, 2] = slice(rows, 1, 1, 3)
+        %zero : float32[2, 2] = fill(part, 0)
+        %into : float32[2, 6] = slice_scatter(rows, zero, 1, 1, 3)
+        %all : float32[4, 6] = slice_scatter(x, into, 0, 0, 2)
+
+    Result::
+
+        %rows : int32[4] = arange(4)
+        %in_rows : bool[4, 1] = view(lt(rows, 2), [4, 1])
+        %columns : int32[6] = arange(6)
+        %in_columns : bool[6] = bitwise_and(ge(columns, 1), lt(columns, 3))
+        %mask : bool[4, 6] = bitwise_and(in_rows, in_columns)
+        %all : float32[4, 6] = where(mask, 0, x)
+
+    - The value is cast to the base's dtype before the select, as ``copy_`` does: ``where(m, 0.5, int64_base)`` rounds 2**40 + 1.
+    - A zero fill of a base that is proved finite and non-negative multiplies by the negated mask instead (an attention mask of
+      ones); anywhere else ``inf * 0`` and ``nan * 0`` would be nan and ``-1 * 0`` would be ``-0.0``.
+    - A tensor value is padded to the base's shape: no gather. Into a constant base (the backward of a slice) the pad is all.
+    - Writes through nested views are one mask; writes of one number into one base are one mask too. A write of everything is its
+      value, a write of nothing is its base.
+    - A write through integer indices becomes ``positions == index`` when each element has one writer or all its writers write the
+      same value: a KV cache at a tensor position, ``arange`` indices, indices of top-k. What cannot be proved stays (NX202).
+    """
+
+    name = "mask-slice-writes"
+    Options = Options
+    targets = frozenset({*SCATTERS, *INDEX_WRITES, *_KEPT, aten.copy.default})
+
+    def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
+        return _Rewriter(self, graph_module.graph, context).run()
+
+
+@dataclass
+class _Planned:
+    """A write that will be replaced.
+
+    Attributes:
+        node: what the replacement stands for: the scatter, or the view that puts its result back in order.
+        scatter: the node that writes.
+        inputs: the nodes that the replacement depends on.
+    """
+
+    node: fx.Node
+    scatter: fx.Node
+    write: SliceWrite | IndexWrite
+    inputs: set[fx.Node]
+
+
+@dataclass
+class _Made:
+    """What a write became: the node, the countable rule and a few words for the report."""
+
+    node: fx.Node
+    rule: str
+    words: str = "where"
+
+
+class _Rewriter:
+    """One run. It plans from the last write to the first, so that the inner links of a chain are not planned by themselves, and
+    builds from the first to the last, so that shared masks stand before their users."""
+
+    def __init__(self, step: MaskSliceWrites, graph: fx.Graph, context: PassContext) -> None:
+        self.step, self.graph, self.context = step, graph, context
+        self.build = NodeBuilder(graph, step.name)
+        self.masks = MaskBuilder(self.build)
+        self.views = Views()
+        self.uniform = UniformValues(context.sources)
+        self.finiteness = Finiteness(context.sources, self.uniform)
+        self.indices = Indices(context.sources, self.finiteness)
+        self.result = PassResult()
+        self.plans: dict[fx.Node, _Planned] = {}
+        self.unused: set[fx.Node] = set()
+        self.replaced: dict[fx.Node, fx.Node] = {}
+
+    def run(self) -> PassResult:
+        writes = [n for n in self.graph.nodes if n.op == "call_function" and n.target in self.step.targets]
+        for scatter in reversed(writes):
+            if scatter not in self.unused and meta.is_tensor(scatter):
+                self._plan(scatter)
+        for planned in reversed(self.plans.values()):
+            with self.build.before(planned.scatter):
+                self._replace(planned)
+        self._erase()
+        self.result.changed = bool(self.plans)
+        return self.result
+
+    # --- planning ---
+
+    def _plan(self, scatter: fx.Node) -> None:
+        write = self._read(scatter)
+        if isinstance(write, str):
+            self._keep(scatter, write)
+            return
+        node, inputs = scatter, set(scatter.all_input_nodes)
+        if isinstance(write, SliceWrite):
+            node, inputs = write.node, write.inputs
+        planned = self.plans[node] = _Planned(node, scatter, write, inputs)
+        self._release(node.all_input_nodes)
+        while isinstance(planned.write, SliceWrite) and self._unite(planned, planned.write):
+            pass
+
+    def _read(self, node: fx.Node) -> SliceWrite | IndexWrite | str:
+        """The write that ``node`` makes, or why it stays."""
+        args: Any = node.args
+        dtype = meta.val(node).dtype
+        if node.target in _KEPT:
+            return _KEPT[node.target]
+        if dtype in _NO_SELECT or dtype not in dtype_rules.TABLE:
+            return f"torch.where has no kernel for {str(dtype).removeprefix('torch.')}"
+        if node.target is aten.copy.default:
+            value = written_value(args[1], dtype, self.uniform)
+            return SliceWrite(node, args[0], [Region.whole(meta.val(node).shape)], value)
+        if node.target in SCATTERS:
+            write = read_slice_write(node, self.views, self.uniform)
+            return "its bounds do not amount to slices of the tensor it writes" if write is None else write
+        return read_index_write(node, self.indices, self.uniform)
+
+    def _unite(self, planned: _Planned, write: SliceWrite) -> bool:
+        """Join a write with the one its base comes from, when both write the same number and nothing else needs that base."""
+        base, number = write.base, write.value.number
+        if number is None or base.target not in SCATTERS or not write.regions:
+            return False
+        if any(user is not planned.node and self._needs(user, base) for user in base.users):
+            return False
+        earlier = read_slice_write(base, self.views, self.uniform)
+        if earlier is None or earlier.node is not base or earlier.value.number is None:
+            return False
+        if not torch.equal(_bits(earlier.value.number), _bits(number)):
+            return False
+        planned.write = SliceWrite(write.node, earlier.base, earlier.regions + write.regions, write.value)
+        planned.inputs = planned.write.inputs
+        self._release([base])
+        return True
+
+    def _needs(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether ``user`` will still need ``node``."""
+        return user not in self.unused and (user not in self.plans or node in self.plans[user].inputs)
+
+    def _release(self, candidates: Iterable[fx.Node]) -> None:
+        """Note which of ``candidates``, and of what only they need, nothing will need."""
+        stack = list(candidates)
+        while stack:
+            node = stack.pop()
+            if node.op != "call_function" or node in self.unused or node.is_impure():
+                continue
+            if not any(self._needs(user, node) for user in node.users):
+                self.unused.add(node)
+                stack += node.all_input_nodes
+
+    def _keep(self, node: fx.Node, reason: str) -> None:
+        by_integers = node.target in INDEX_WRITES and "mask" not in reason
+        sums = reason == _REDUCES or node.target in (aten.index_add.default, aten.scatter_add.default) or "added" in reason
+        code = "NX202" if by_integers or sums else "NX201"
+        severity = Severity.INFO if sums else Severity.WARNING
+        message = f"{_name(node)} is not turned into a mask: {reason}"
+        self.result.findings.append(self.step.finding(node, code, severity, message, "" if sums else _FIXES[code]))
+
+    # --- building ---
+
+    def _replace(self, planned: _Planned) -> None:
+        write, node = planned.write, planned.node
+        made = self._slices(write, planned) if isinstance(write, SliceWrite) else self._indexed(write, planned)
+        result = storage.with_strides_of(self.build, made.node, meta.val(node))
+        node.replace_all_uses_with(result)
+        self.replaced[node] = result
+        before = _name(planned.scatter)
+        self.result.rewrites.append(self.step.rewrite(planned.scatter, f"mask.{made.rule}", Kind.EXACT, before, made.words))
+
+    def _now(self, node: fx.Node) -> fx.Node:
+        """What stands for ``node`` in the graph by now."""
+        return self.replaced.get(node, node)
+
+    def _slices(self, write: SliceWrite, planned: _Planned) -> _Made:
+        base, value, regions = self._now(write.base), write.value, write.regions
+        if not regions:
+            return _Made(self._own(base, planned), "nothing", "its base: the write changes nothing")
+        if value.number is not None:
+            return self._filled(base, regions, value.number, planned)
+        assert value.node is not None
+        rank, region = meta.val(base).dim(), regions[0]
+        node = self._cast(self._now(value.node), base, value.casts)
+        dims: list[int | None] = list(range(rank)) if value.placed else list(region.dims[len(region.dims) - meta.val(node).dim() :])
+        mask = self.masks.region_mask(base, region)
+        if mask is None:
+            return self._everything(self.masks.align(node, dims, rank), base, planned)
+        constant = self.uniform.value(base)
+        axes = {a: shown for a, shown in enumerate(region.axes) if not value.placed and not _is_select(shown)}
+        if constant is not None and not value.placed and _holds(node, dims, region):
+            node = self.masks.align(node, dims, rank, full=True)
+            node = self.masks.place(node, base, axes, rank=rank, filler=constant.item(), single=True)
+            return _Made(node, "pad", "pad: its base is one constant")
+        node = self.masks.place(self.masks.align(node, dims, rank), base, axes, rank=rank)
+        return _Made(self.build.call(aten.where.self, mask, node, base), "slice")
+
+    def _filled(self, base: fx.Node, regions: list[Region], number: torch.Tensor, planned: _Planned) -> _Made:
+        mask: fx.Node | None = None
+        for region in regions:
+            part = self.masks.region_mask(base, region)
+            if part is None:
+                return self._everything(self._number(number, base), base, planned)
+            mask = part if mask is None else self.masks.either(mask, part)
+        assert mask is not None
+        if self._multiplies(base, number, planned):
+            rest = self.masks.all_but(base, regions[0], mask) if len(regions) == 1 else self.masks.negated(mask)
+            return self._product(base, rest)
+        return _Made(self.build.call(aten.where.self, mask, self._number(number, base), base), "slice")
+
+    def _indexed(self, write: IndexWrite, planned: _Planned) -> _Made:
+        base = self._now(write.base)
+        if write.is_empty:
+            return _Made(self._own(base, planned), "nothing", "its base: the write changes nothing")
+        value = None if write.value is None else self._cast(self._now(write.value), base, ())
+        current = IndexMasks(self.masks, self._current(write, base, value))
+        mask = current.mask()
+        if write.number is not None:
+            if mask is not None and not write.accumulate and self._multiplies(base, write.number, planned):
+                return self._product(base, self.masks.negated(mask))
+            value = self._number(write.number, base)
+        else:
+            value = current.value()
+        if write.accumulate:
+            value = self.build.call(aten.add.Tensor, base, value)
+        if mask is None:
+            return self._everything(value, base, planned)
+        return _Made(self.build.call(aten.where.self, mask, value, base), f"index-{write.kind}")
+
+    def _current(self, write: IndexWrite, base: fx.Node, value: fx.Node | None) -> IndexWrite:
+        """``write`` in terms of the nodes that the graph holds by now."""
+        targets = []
+        chooser = None
+        for target in write.targets:
+            window = target.window
+            if window is not None and window.offset is not None:
+                window = dataclasses.replace(window, offset=self._now(window.offset))
+            targets.append(dataclasses.replace(target, index=self._now(target.index), window=window))
+            if target is write.chooser:
+                chooser = targets[-1]
+        mask = None if write.mask is None else self._now(write.mask)
+        return dataclasses.replace(write, base=base, value=value, targets=targets, chooser=chooser, mask=mask)
+
+    def _multiplies(self, base: fx.Node, number: torch.Tensor, planned: _Planned) -> bool:
+        """Whether a fill with ``number`` becomes a multiplication; its premises and its risk are noted."""
+        dtype, mode = meta.val(base).dtype, self.step.options.multiply
+        if mode == "never" or dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1):
+            return False
+        if bool(number != 0) or bool(torch.signbit(number)):
+            return False
+        if self.finiteness.zero_fill_may_multiply(base):
+            self.context.premises += [p for p in self.finiteness.premises(base) if p not in self.context.premises]
+            return True
+        if mode == "always":
+            message = "a zero fill multiplies (multiply=always): where its base holds inf or nan the result is nan, not 0"
+            fix = "leave the option multiply at 'proved'"
+            self.result.findings.append(self.step.finding(planned.scatter, "NX204", Severity.WARNING, message, fix))
+        return mode == "always"
+
+    def _product(self, base: fx.Node, rest: fx.Node) -> _Made:
+        op = aten.bitwise_and.Tensor if meta.dtype_of(base) is torch.bool else aten.mul.Tensor
+        return _Made(self.build.call(op, base, rest), "multiply", "multiplication by the mask of the rest")
+
+    def _number(self, number: torch.Tensor, base: fx.Node) -> fx.Node:
+        value = meta.val(base)
+        key = ("number", repr(number.item()), value.dtype, value.device)
+        return self.masks.shared(key, lambda: self.build.scalar(number.item(), value.dtype, value.device))
+
+    def _cast(self, node: fx.Node, base: fx.Node, casts: Iterable[torch.dtype]) -> fx.Node:
+        """``node`` as ``copy_`` writes it: in the base's dtype, on the base's device."""
+        for dtype in (*casts, meta.val(base).dtype):
+            if meta.dtype_of(node) != dtype:
+                node = self.build.call(aten._to_copy.default, node, dtype=dtype)
+        device = meta.val(base).device
+        return node if meta.val(node).device == device else self.build.call(aten._to_copy.default, node, device=device)
+
+    def _everything(self, node: fx.Node, base: fx.Node, planned: _Planned) -> _Made:
+        """A write of every element is what it writes."""
+        if has_shape(node, meta.val(base).shape):
+            return _Made(self._own(node, planned), "whole", "what it writes")
+        sizes = [self.masks.size(base, dim) for dim in range(meta.val(base).dim())]
+        expanded = self.build.call(aten.expand.default, node, sizes)
+        return _Made(self.build.call(aten.clone.default, expanded, memory_format=torch.contiguous_format), "whole", "what it writes")
+
+    def _own(self, node: fx.Node, planned: _Planned) -> fx.Node:
+        """``node`` as the result of a write: a copy where the caller could see that its memory is something else's too."""
+        if not storage.escapes(planned.node):
+            return node
+        seen = storage.may_alias(node) or any(u is not planned.node and self._needs(u, node) for u in node.users)
+        return self.build.call(aten.clone.default, node) if seen else node
+
+    def _erase(self) -> None:
+        """Remove the replaced nodes and the inner links that only they needed."""
+        stack, erased = list(self.plans), set()
+        while stack:
+            node = stack.pop()
+            if node not in erased and not node.users:
+                erased.add(node)
+                stack += [n for n in node.all_input_nodes if n in self.unused]
+                self.graph.erase_node(node)
+
+
+def _holds(node: fx.Node, dims: list[int | None], region: Region) -> bool:
+    """Whether ``node`` holds every element of ``region``, none by broadcasting, at positions that are known now."""
+    sizes = {axis: size for axis, size in zip(dims, meta.val(node).shape, strict=True) if axis is not None}
+    return all(
+        not isinstance(shown, SymbolicSlice) and is_known(sizes.get(axis, 1) == region.count(axis))
+        for axis, shown in enumerate(region.axes)
+    )
+
+
+def _is_select(shown: Any) -> bool:
+    return isinstance(shown, SymbolicSlice) and shown.is_select
+
+
+def _bits(number: torch.Tensor) -> torch.Tensor:
+    """The bytes of a 0-d tensor: nan equals itself, 0.0 and -0.0 differ."""
+    return number.reshape(1).view(torch.uint8)
+
+
+def _name(node: fx.Node) -> str:
+    return str(node.target).removeprefix("aten.").removesuffix(".default")
