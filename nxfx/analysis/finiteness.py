@@ -185,7 +185,9 @@ class Finiteness:
         high = facts.high if facts.high <= limit else _INF
         # Formats without infinities overflow to nan.
         overflows = (low, high) != (facts.low, facts.high) and dtype.itemsize == 1
-        return replace(facts, low=low, high=high, nan=facts.nan or overflows, negative_zero=facts.negative_zero or facts.low < 0)
+        return replace(
+            facts, low=low, high=high, nan=facts.nan or overflows, negative_zero=facts.negative_zero or facts.low < 0
+        )
 
 
 @_rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "clone", "alias", "detach", "expand",
@@ -202,7 +204,11 @@ def _kept(node: fx.Node, of: Of) -> Facts:
 def _getitem(node: fx.Node, of: Of) -> Facts:
     """Outputs after the first of topk, sort, max and min are indices: their dtype says that they are finite."""
     source = node.args[0]
-    many = isinstance(source, fx.Node) and source.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+    many = isinstance(source, fx.Node) and source.target in (
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.unbind.int,
+    )
     return of(source) if many or node.args[1] == 0 else UNKNOWN
 
 
@@ -321,7 +327,9 @@ def _softmax(node: fx.Node, of: Of) -> Facts:
 @_rule("exp")
 def _exp(node: fx.Node, of: Of) -> Facts:
     source = of(node.args[0])
-    return Facts(0, math.exp(min(source.high, 700)) * 1.001 if source.high < 700 else _INF, source.nan, False, source.premises)
+    return Facts(
+        0, math.exp(min(source.high, 700)) * 1.001 if source.high < 700 else _INF, source.nan, False, source.premises
+    )
 
 
 @_rule("abs")
@@ -343,7 +351,13 @@ def _mul(node: fx.Node, of: Of) -> Facts:
     if not (left.finite and right.finite):
         return UNKNOWN
     corners = [a * b for a in (left.low, left.high) for b in (right.low, right.high)]
-    return Facts(min(corners), max(corners), False, not (left.non_negative and right.non_negative), left.premises | right.premises)
+    return Facts(
+        min(corners),
+        max(corners),
+        False,
+        not (left.non_negative and right.non_negative),
+        left.premises | right.premises,
+    )
 
 
 @_rule("add")
@@ -364,7 +378,9 @@ def _sub(node: fx.Node, of: Of) -> Facts:
     if len(node.args) > 2 or node.kwargs.get("alpha", 1) != 1 or not (left.finite and right.finite):
         return UNKNOWN
     # -0.0 - 0.0 is -0.0; x - x is +0.0.
-    return Facts(left.low - right.high, left.high - right.low, False, left.negative_zero, left.premises | right.premises)
+    return Facts(
+        left.low - right.high, left.high - right.low, False, left.negative_zero, left.premises | right.premises
+    )
 
 
 @_rule("div")
@@ -377,6 +393,21 @@ def _div(node: fx.Node, of: Of) -> Facts:
     return Facts(min(corners), max(corners), False, left.negative_zero, left.premises | right.premises)
 
 
-@_rule("eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "logical_xor", "isnan", "isinf", "any", "all")
+@_rule(
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_not",
+    "logical_and",
+    "logical_or",
+    "logical_xor",
+    "isnan",
+    "isinf",
+    "any",
+    "all",
+)
 def _truth(node: fx.Node, of: Of) -> Facts:
     return Facts(0, 1, False, False)

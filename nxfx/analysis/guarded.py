@@ -62,12 +62,12 @@ def _refined(ranges: Ranges, where: fx.Node) -> dict[fx.Node, Interval] | None:
                 return None
             found = _evaluate(ranges, chain, *constraint)
             if constraint[1] is not None:
-                results.append(found[branch])
+                results.append(found.get(branch, constraint[1]))
             readers = {*chain, where}
             inside |= {n: b for n, b in found.items() if all(u in readers or u.target in _TEMPLATES for u in n.users)}
         else:
             results.append(bounds)
-    return {where: join(*results), **inside} if results and inside else None
+    return {where: join(*results), **inside} if results else None
 
 
 def _constraint(ranges: Ranges, condition: Any, holds: bool) -> tuple[fx.Node, Interval | None] | None:

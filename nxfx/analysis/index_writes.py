@@ -107,7 +107,9 @@ _ORDERING: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.ar
 
 
 def _past_copies(node: fx.Node) -> fx.Node:
-    while node.target in COPIES or (node.target is aten._to_copy.default and _is_index(node) and _is_index(node.args[0])):
+    while node.target in COPIES or (
+        node.target is aten._to_copy.default and _is_index(node) and _is_index(node.args[0])
+    ):
         node = node.args[0]  # type: ignore[assignment]
     return node
 
@@ -223,7 +225,9 @@ def _unproved(write: IndexWrite, indices: Indices) -> str | None:
     for target in write.targets:
         target.wraps = target.wraps and not indices.never_negative(target.index)
     if not write.value_is_free:
-        return "several values may be added to one position" if write.accumulate and varying else _too_many(write, varying)
+        return (
+            "several values may be added to one position" if write.accumulate and varying else _too_many(write, varying)
+        )
     free = {label for t in varying for label in t.labels if is_free(label)} | {x for x in write.labels if is_free(x)}
     if len(free) != 1 or len(varying) != 1:
         return "several index tensors choose positions together"
@@ -252,7 +256,9 @@ def _too_many(write: IndexWrite, varying: list[Target]) -> str | None:
     for target in varying:
         sizes[target.axis] = shape[target.axis]
         own = meta.val(target.index).shape
-        sizes.update((len(shape) - x if x < 0 else x, s) for x, s in zip(target.labels, own, strict=True) if x is not None)
+        sizes.update(
+            (len(shape) - x if x < 0 else x, s) for x, s in zip(target.labels, own, strict=True) if x is not None
+        )
     if not is_static(*sizes.values(), *shape):
         return "the number of its indices is known at run time only"
     work = math.prod(sizes.values())

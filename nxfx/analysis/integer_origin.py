@@ -132,9 +132,13 @@ class Entry:
 def dtype_of(node: fx.Node) -> torch.dtype | None:
     """The dtype of a tensor node, or of the first output of a multi-output one."""
     value = node.meta.get("val")
-    if isinstance(value, (list, tuple)) and value:
-        value = value[0]
-    return value.dtype if isinstance(value, torch.Tensor) else None
+    if type(value) is not meta.FakeTensor:
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+        if not isinstance(value, torch.Tensor):
+            return None
+    dtype: torch.dtype = value.dtype
+    return dtype
 
 
 @functools.lru_cache(maxsize=1024)
@@ -364,11 +368,13 @@ class IntegerOrigins:
             (operand,) = (v for v in member.values if isinstance(v, fx.Node))
             if dtype_rules.is_integral(dtype_of(operand)) and not self.bounds(operand)[1]:
                 return 0, 1  # undeclared integers in `1 - x`: a mask
+        name = node.target.__name__.split(".")[0]
+        if member.family is Family.COMPUTE and name not in _INTEGER_ARITHMETIC:
+            return None
         found = [self.exact(v, depth) for v in member.values]
         known = [f for f in found if f is not None]
         if len(known) != len(found) or not known:
             return None
-        name = node.target.__name__.split(".")[0]
         low, high = join(known[0], *known[1:])
         if name in _SIGNS:
             return _SIGNS[name](low, high)
@@ -379,7 +385,7 @@ class IntegerOrigins:
         if name in ("add", "sub", "rsub") and len(known) == 2 and arg(node, 2, "alpha", 1) == 1:
             a, b = known if name != "rsub" else known[::-1]
             return (a[0] + b[0], a[1] + b[1]) if name == "add" else (a[0] - b[1], a[1] - b[0])
-        if (name == "mul" or member.family is Family.OUTER) and len(known) == 2:
+        if (name in ("mul", "outer") or member.family is Family.OUTER) and len(known) == 2:
             return products(known[0], known[1])
         return None
 
@@ -406,6 +412,7 @@ class IntegerOrigins:
         )
 
 
+_INTEGER_ARITHMETIC = frozenset(["add", "sub", "rsub", "mul", "sum", "cumsum", "outer"])
 _SIGNS: dict[str, Callable[[int, int], Interval]] = {
     "neg": lambda low, high: (-high, -low),
     "abs": lambda low, high: (max(low, -high, 0), max(-low, high)),

@@ -702,7 +702,7 @@ def _einsum(node: fx.Node, ranges: Ranges) -> Bounds:
 
 
 def _repeated(each: Interval, count: Interval) -> Interval:
-    """The sum of ``count`` values, each anywhere in ``each``, and of every part of them."""
+    """The sum of ``count`` values, each anywhere in ``each``. A sum of some of them lies between 0 and these bounds."""
     return min(each[0] * count[0], each[0] * count[1]), max(each[1] * count[0], each[1] * count[1])
 
 

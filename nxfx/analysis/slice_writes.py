@@ -7,7 +7,7 @@ provably shows the region that the outer scatter writes; anything else is a valu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,14 +80,19 @@ class SliceWrite:
         return bounds | {self.base} | ({self.value.node} if self.value.node is not None else set())
 
 
-def read_slice_write(node: fx.Node, views: Views, uniform: UniformValues) -> SliceWrite | None:
-    """The write that ends in the scatter ``node``; None when its region cannot be expressed."""
+def read_slice_write(
+    node: fx.Node, views: Views, uniform: UniformValues, needed: Mapping[fx.Node, int]
+) -> SliceWrite | None:
+    """The write that ends in the scatter ``node``; None when its region cannot be expressed.
+
+    ``needed`` counts what other writes rest on: the chain is not followed past it.
+    """
     args: Any = node.args
     base, value = args[:2]
     region = _written(node)
     if region is None:
         return None
-    node, base, region = _outwards(node, base, region)
+    node, base, region = _outwards(node, base, region, needed)
     origin = views.origin(base)
     region, value = _inwards(base, region, value, views, origin)
     if region.is_empty:
@@ -101,19 +106,25 @@ def read_slice_write(node: fx.Node, views: Views, uniform: UniformValues) -> Sli
             if shown == region and has_shape(root, meta.val(base).shape):
                 return SliceWrite(node, base, [region], Value(root, placed=True))
     strided = any(isinstance(a, SymbolicSlice) and a.step > 1 for a in region.axes)
-    return None if strided and written.node is not None and meta.val(written.node).dim() else SliceWrite(node, base, [region], written)
+    return (
+        None
+        if strided and written.node is not None and meta.val(written.node).dim()
+        else SliceWrite(node, base, [region], written)
+    )
 
 
 def _written(scatter: fx.Node) -> Region | None:
     return SCATTERS[scatter.target](scatter, Region.whole(meta.val(scatter).shape), 2)
 
 
-def _outwards(node: fx.Node, base: Any, region: Region) -> tuple[fx.Node, Any, Region]:
+def _outwards(node: fx.Node, base: Any, region: Region, needed: Mapping[fx.Node, int]) -> tuple[fx.Node, Any, Region]:
     """A write into a reordered view that is put back in order at once is a write into the original."""
-    while len(node.users) == 1:
+    while len(node.users) == 1 and not needed.get(node):
         outer, original = next(iter(node.users)), Views.operand(base)
         if original is None or Views.operand(outer) is not node or not reorders(base) or not reorders(outer):
             break
+        if original.target in SCATTERS:
+            break  # the base is itself a write that was put back in order
         shown = VIEWS[base.target](base, Region.whole(meta.val(original).shape))
         back = shown and VIEWS[outer.target](outer, shown)
         joined = shown and shown.within(region)

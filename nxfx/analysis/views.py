@@ -63,7 +63,9 @@ def as_strided_step(node: fx.Node, region: Region, first: int = 1) -> Region | N
     for count, step in zip(sizes, steps, strict=True):
         axis = None
         if count != 1:
-            fitting = (a for a in range(len(shape)) if a not in dims and _fits(count, step, strides[a], starts[a], shape[a]))
+            fitting = (
+                a for a in range(len(shape)) if a not in dims and _fits(count, step, strides[a], starts[a], shape[a])
+            )
             axis = next(fitting, None)
             if axis is None:
                 return None
@@ -105,7 +107,9 @@ def unit_dims(node: fx.Node) -> list[int | None] | None:
         new = args[1] % len(after)
         return [None if i == new else i - (i > new) for i in range(len(after))]
     old, new_dims = ([i for i, size in enumerate(s) if not (is_static(size) and size == 1)] for s in (before, after))
-    if len(old) != len(new_dims) or not all(is_known(before[i] == after[j]) for i, j in zip(old, new_dims, strict=True)):
+    if len(old) != len(new_dims) or not all(
+        is_known(before[i] == after[j]) for i, j in zip(old, new_dims, strict=True)
+    ):
         return None
     source = dict(zip(new_dims, old, strict=True))
     return [source.get(j) for j in range(len(after))]

@@ -291,15 +291,12 @@ class _Job:
     def _hand_over(self, gm: fx.GraphModule, stage: str, sources: Mapping[str, Source]) -> Compiled:
         """Hoist the boundary of one cleaned graph and compile what is inside."""
         placeholders = gm.graph.find_nodes(op="placeholder")
-        given = {node: meta.val(node) for node in placeholders}
-        boundary = hoist(gm, sources, self.context.requirements)
-        for node, rule in zip(placeholders, boundary.inputs, strict=True):
-            if rule.narrow is not None:  # `.to` makes a dense tensor even of a view that is not
-                mode = meta.fake_mode_of(gm.graph)
-                node.meta["val"] = meta.evaluate(mode, aten._to_copy.default, (given[node],), {"dtype": rule.narrow})
-            if stage == "backward":  # saved by the forward graph, which has checked what its proofs rest on
+        with _disable_current_modes():
+            boundary = _hoist(gm, sources, self.context.requirements)
+            _narrow_constants(gm, boundary)
+        if stage == "backward":  # what it reads was saved by the forward graph, which has checked what the proofs rest on
+            for rule in boundary.inputs:
                 rule.low = rule.high = None
-        _narrow_constants(gm, boundary)
         constants = _take_constant_outputs(gm)
         gm.recompile()
         limits = [(i, self.limits[n.name]) for i, n in enumerate(placeholders) if n.name in self.limits and stage != "backward"]
@@ -359,6 +356,17 @@ def _settle_strides(gm: fx.GraphModule) -> None:
             moved.discard(node)
         else:
             moved.add(node)
+
+
+def _hoist(gm: fx.GraphModule, sources: Mapping[str, Source], requirements: Mapping[str, tuple[int, int]]) -> Boundary:
+    """:func:`~nxfx.boundary.hoist`, with the strides that narrowed inputs will have: ``.to`` makes a dense tensor even of a view."""
+    given = {node: meta.val(node) for node in gm.graph.find_nodes(op="placeholder")}
+    boundary = hoist(gm, sources, requirements)
+    mode = meta.fake_mode_of(gm.graph)
+    for (node, value), rule in zip(given.items(), boundary.inputs, strict=True):
+        if rule.narrow is not None:
+            node.meta["val"] = meta.evaluate(mode, aten._to_copy.default, (value,), {"dtype": rule.narrow})
+    return boundary
 
 
 def _narrow_constants(gm: fx.GraphModule, boundary: Boundary) -> None:

@@ -100,11 +100,14 @@ def _diagnose(error: BaseException, site: Site | None) -> Diagnosis | None:
         if "FakeTensor" not in str(error) and "Sym" not in str(error) and not _MISFIT.pattern.search(f"TypeError: {error}"):
             return _raised(f"{type(error).__name__}: {_plain(str(error))}")
     text = f"{type(error).__name__}: {error}"
+    if type(error).__name__ == "TorchRuntimeError":  # Dynamo's wrapper
+        inner = re.search(r"got (\w+)\((['\"])(.*?)\2\)", text)
+        text = f"{inner.group(1)}: {inner.group(3)}" if inner else text
     for rule in _RULES:
         match = rule.pattern.search(text)
         if match is not None and (rule.syntax is None or site is not None and _is(site.construct, rule.syntax)):
             construct = _plain(match.expand(rule.construct)).rstrip(": ")
-            return Diagnosis(construct, Advice(rule.code, rule.becomes, match.expand(rule.fix)), match.expand(rule.line) or Diagnosis.line)
+            return Diagnosis(construct, Advice(rule.code, rule.becomes, match.expand(rule.fix)), rule.line_for(match))
     if "ConstraintViolationError" in text or "Constraints violated" in text:
         return _dynamic_shapes(text)
     if _DATA.search(text):
@@ -253,6 +256,9 @@ class _Rule:
     syntax: str | None = None
     line: str = ""
 
+    def line_for(self, match: re.Match[str]) -> str:
+        return self.line.replace(r"\1", re.escape(match.group(1))) if self.line else Diagnosis.line
+
 
 def _rule(pattern: str, construct: str, fix: str, becomes: str = "", code: str = "NX409", syntax: str | None = None, line: str = "") -> _Rule:
     return _Rule(re.compile(pattern, re.DOTALL), construct, fix, becomes, code, syntax, line)
@@ -326,7 +332,7 @@ _RULES: tuple[_Rule, ...] = (
         advice.CHECK,
         "NX407",
     ),
-    _rule(r"raised exception (\w+)\((?:\[?(?:ConstantVariable\(\w+: )?['\"]([^\n]*?)['\")\]]*\n)?", r"the model raises \1: \2", "call the model with arguments it accepts, or correct that line", _SHAPES),
+    _rule(r"raised exception (\w+)\((?:\[?(?:ConstantVariable\(\w+: )?['\"]([^\n]*?)['\"][)\]]*\n)?", r"the model raises \1: \2", "call the model with arguments it accepts, or correct that line", _SHAPES),
     _rule(r"Error: '(?:Fake)?Tensor' object (has no attribute '\w+')", r"the model raises AttributeError: a tensor \1", "correct that line", _SHAPES),
     _rule(
         r"^(?!Torch|Internal)\w+: ([^\n]*(?:same reduction dim|Attempting to broadcast|is invalid for input of size|out of bounds for dimension|out of range"

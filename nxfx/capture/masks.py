@@ -102,12 +102,10 @@ def _from_the_start(bound: Any, size: Any, dtype: torch.dtype, device: torch.dev
         return None
     if not isinstance(bound, torch.Tensor):
         return bound + size if bound < 0 else bound
-    unsigned, large = bound.dtype in _UNSIGNED, bound.dtype is torch.uint64
+    unsigned = bound.dtype in _UNSIGNED
     bound = bound.reshape(()) if bound.ndim else bound
     if bound.dtype != dtype or bound.device != device:
         bound = bound.to(device=device, dtype=dtype)
-    if large:  # beyond int64: past every end
-        return torch.where(bound < 0, size, bound)
     return bound if unsigned else torch.where(bound < 0, bound + size, bound)
 
 

@@ -210,8 +210,8 @@ def bind(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         TypeError: the arguments do not fit the signature of ``forward``; the message is Python's own.
     """
     signature = _signature(model.forward)
-    if signature is None:
-        return args, kwargs, [f"arg_{i}" for i in range(len(args))]
+    if signature is None or isinstance(model, torch.fx.GraphModule):  # an exported module insists on the spelling of its example
+        return args, kwargs, (parameter_names(model) + [f"arg_{i}" for i in range(len(args))])[: len(args)]
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:

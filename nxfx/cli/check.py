@@ -8,7 +8,7 @@ from nxfx import api
 from nxfx.cli import console, specs
 from nxfx.errors import CaptureError
 from nxfx.pipeline import Pipeline
-from nxfx.report import Report
+from nxfx.report import Finding, Report, Severity
 from nxfx.targets import get_target
 
 
@@ -48,5 +48,7 @@ def run(spec: str, pipeline: str | None, target: str, ranges: dict[str, tuple[in
         except CaptureError as error:
             report = error.report or Report()
             report.target = chosen.name
+            if not report.errors:
+                report.add([], [Finding("NX409", Severity.ERROR, console.one_line(str(error)))])
             return Result(report, error)
         return Result(prepared.report)

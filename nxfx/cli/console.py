@@ -25,7 +25,9 @@ Paint = Callable[[str], Text]
 
 def one_line(text: str) -> str:
     """``text`` on one line."""
-    return printable(re.sub(r"\s*\n\s*", " ", text.strip()))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    joined = [line if line.endswith((".", ":", ";", ",", "!", "?")) else f"{line};" for line in lines[:-1]]
+    return printable(" ".join([*joined, *lines[-1:]]))
 
 
 def say(message: str, *, command: str = "nxfx") -> None:

@@ -142,7 +142,11 @@ class IndexMasks:
             if target is write.chooser:
                 parts.append(self._chosen(target))
             elif target.varies:
-                members.append(self._equal(target, [depth.get(x, x) if x is not None else x for x in target.labels], rank + len(free)))
+                members.append(
+                    self._equal(
+                        target, [depth.get(x, x) if x is not None else x for x in target.labels], rank + len(free)
+                    )
+                )
             else:
                 parts.append(self._equal(target, target.labels, rank))
         together = masks.all_of(members)
@@ -165,7 +169,9 @@ class IndexMasks:
     def _diagonal(self, row: int, column: int, offset: int) -> fx.Node:
         rows, columns = self.masks.positions(self.base, row), self.masks.positions(self.base, column)
         rows = self._shifted(rows, offset)
-        return self.masks.equal(self.masks.align(rows, [row], self.rank), self.masks.align(columns, [column], self.rank))
+        return self.masks.equal(
+            self.masks.align(rows, [row], self.rank), self.masks.align(columns, [column], self.rank)
+        )
 
     def _shifted(self, positions: fx.Node, by: int) -> fx.Node:
         if by == 0:
@@ -238,7 +244,9 @@ class IndexMasks:
             return build.call(aten.where.self, beyond, build.call(aten.sub.Tensor, moved, size), moved)
 
         number = masks.shared(("window", positions, offset, ramp.start, ramp.count, size), distance)
-        clamped = masks.shared(("clamp", number, ramp.count), lambda: build.call(aten.clamp.default, number, 0, ramp.count - 1))
+        clamped = masks.shared(
+            ("clamp", number, ramp.count), lambda: build.call(aten.clamp.default, number, 0, ramp.count - 1)
+        )
         self.taken = clamped
         return masks.both(masks.compare(aten.ge.Scalar, number, 0), masks.compare(aten.lt.Scalar, number, ramp.count))
 
@@ -250,16 +258,23 @@ class IndexMasks:
         at, shape = meta.val(index).dim() - back, meta.val(index).shape
         if all(is_one(size) for dim, size in enumerate(shape) if dim != at):
             size = masks.size(index, at)
-            flat = index if len(shape) == 1 else masks.shared(("flat", index), lambda: build.call(aten.view.default, index, [size]))
+            flat = (
+                index
+                if len(shape) == 1
+                else masks.shared(("flat", index), lambda: build.call(aten.view.default, index, [size]))
+            )
             return build.call(aten.index_select.default, node, meta.val(node).dim() - back, flat)
         depth = max(meta.val(node).dim(), len(shape))
         own, theirs = (
-            [1] * (depth - meta.val(t).dim()) + [masks.size(t, d) for d in range(meta.val(t).dim())] for t in (node, index)
+            [1] * (depth - meta.val(t).dim()) + [masks.size(t, d) for d in range(meta.val(t).dim())]
+            for t in (node, index)
         )
         joint = [t if is_one(o) else o for o, t in zip(own, theirs, strict=True)]
         source, wanted = list(joint), list(joint)
         source[depth - back], wanted[depth - back] = own[depth - back], theirs[depth - back]
-        return build.call(aten.gather.default, self._expanded(node, source), depth - back, self._expanded(index, wanted))
+        return build.call(
+            aten.gather.default, self._expanded(node, source), depth - back, self._expanded(index, wanted)
+        )
 
     def _expanded(self, node: fx.Node, sizes: list[Any]) -> fx.Node:
         if has_shape(node, [self.masks.calculus.value(size) for size in sizes]):

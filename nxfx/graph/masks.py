@@ -190,7 +190,9 @@ class MaskBuilder:
 
     def _every(self, positions: fx.Node, phase: Any, step: int) -> fx.Node:
         value = meta.val(positions)
-        rest = self.shared(("mod", positions, step), lambda: self.build.known(value, aten.remainder.Scalar, positions, step))
+        rest = self.shared(
+            ("mod", positions, step), lambda: self.build.known(value, aten.remainder.Scalar, positions, step)
+        )
         return self.compare(aten.eq.Scalar, rest, phase)
 
     def _at_most(self, low: Any, high: Any) -> bool:
@@ -216,7 +218,14 @@ class MaskBuilder:
         return self.shared(("align", node, *target), lambda: self.build.call(aten.view.default, node, target))
 
     def place(
-        self, node: fx.Node, base: fx.Node, axes: Mapping[int, Axis], *, rank: int, filler: Any = 0, single: bool = False
+        self,
+        node: fx.Node,
+        base: fx.Node,
+        axes: Mapping[int, Axis],
+        *,
+        rank: int,
+        filler: Any = 0,
+        single: bool = False,
     ) -> fx.Node:
         """``node``, aligned to ``rank`` axes and holding the positions ``axes[axis]`` of each axis, spread to all of ``base``.
 

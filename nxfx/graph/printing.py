@@ -169,7 +169,7 @@ def code(gm: fx.GraphModule, where: Where = nowhere, class_name: str = "GraphMod
 
 
 def _comment(node: fx.Node, where: Where) -> str:
-    if node.op == "output":
+    if node.op in ("get_attr", "output"):
         return ""
     line, maker = where(node), made_by(node)
     parts = [*([f"[{maker}]"] if maker else []), *([line] if line else [])]
@@ -306,7 +306,7 @@ def _dot_body(gm: fx.GraphModule, where: Where, path: str) -> Iterator[str]:
     for node in gm.graph.nodes:
         title = node.op if node.op in ("placeholder", "get_attr", "output") else short(node.target)
         label = "\n".join(filter(None, [f"{node.name} = {title}", describe(meta.val(node)), made_by(node)]))
-        colour = _MADE if made_by(node) else _SOURCE if node.op in ("placeholder", "get_attr", "output") else ""
+        colour = _SOURCE if title == node.op else _MADE if made_by(node) else ""
         style = f', style=filled, fillcolor="{colour}"' if colour else ""
         line = where(node)
         tooltip = f", tooltip={_quoted(line)}" if line else ""

@@ -44,17 +44,20 @@ class Region:
         axes: for each axis of the root, which of its positions; None: all.
         dims: for each dim of the view, the root axis it walks; None: a dim of size 1 that walks none.
         shape: the root's shape.
+        nothing: a dim that walks no axis was sliced to nothing.
     """
 
     axes: tuple[Axis, ...]
     dims: tuple[int | None, ...]
     shape: tuple[Any, ...] = field(compare=False)
+    nothing: bool = False
 
     @classmethod
-    def of(cls, axes: list[Axis], dims: list[int | None], shape: tuple[Any, ...]) -> Region:
+    def of(cls, axes: list[Axis], dims: list[int | None], shape: tuple[Any, ...], nothing: bool = False) -> Region:
         """The canonical region: an axis shown whole is None, a dim of a single position walks no axis."""
         kept = [None if isinstance(a, Extent) and a.is_whole else a for a in axes]
-        return cls(tuple(kept), tuple(None if d is not None and _is_single(kept[d], shape[d]) else d for d in dims), shape)
+        walked = tuple(None if d is not None and _is_single(kept[d], shape[d]) else d for d in dims)
+        return cls(tuple(kept), walked, shape, nothing)
 
     @classmethod
     def whole(cls, shape: Any) -> Region:
@@ -64,16 +67,18 @@ class Region:
     @property
     def is_whole(self) -> bool:
         """Every element is shown, in whatever order."""
-        return all(axis is None for axis in self.axes)
+        return not self.nothing and all(axis is None for axis in self.axes)
 
     @property
     def is_identity(self) -> bool:
         """The view is the root: every element, in its place."""
-        return self.is_whole and len(self.dims) == len(self.shape) and all(d in (None, i) for i, d in enumerate(self.dims))
+        return (
+            self.is_whole and len(self.dims) == len(self.shape) and all(d in (None, i) for i, d in enumerate(self.dims))
+        )
 
     @property
     def is_empty(self) -> bool:
-        return any(isinstance(axis, Extent) and axis.is_empty for axis in self.axes)
+        return self.nothing or any(isinstance(axis, Extent) and axis.is_empty for axis in self.axes)
 
     def count(self, axis: int) -> Any:
         """How many positions of the root's ``axis`` are shown."""
@@ -84,7 +89,7 @@ class Region:
 
     def with_dims(self, dims: list[int | None]) -> Region:
         """The same elements under other dims."""
-        return Region.of(list(self.axes), dims, self.shape)
+        return Region.of(list(self.axes), dims, self.shape, self.nothing)
 
     def with_slice(self, dim: int, start: Any, end: Any, step: int, size: Any, count: Any) -> Region | None:
         """This view sliced along ``dim`` (of ``size``, ``count`` positions of which stay); None where that has no region."""
@@ -125,18 +130,22 @@ class Region:
                 return None
             else:
                 region = region._with_axis(axis, shown)
-        return region and region.with_dims([None if d is None else self.dims[d] for d in inner.dims])
+        if region is None:
+            return None
+        dims = [None if d is None else self.dims[d] for d in inner.dims]
+        return Region.of(list(region.axes), dims, self.shape, region.nothing or inner.nothing)
 
     def _narrowed(self, axis: int | None, inner: Extent) -> Region | None:
         if axis is None:
-            return None  # an empty part of a dim that walks no axis
+            return Region.of(list(self.axes), list(self.dims), self.shape, inner.is_empty)
         outer = self.axes[axis]
         if isinstance(outer, SymbolicSlice):
             return None
         return self._with_axis(axis, inner if outer is None else outer.within(inner))
 
     def _with_axis(self, axis: int, shown: Axis) -> Region:
-        return Region.of([shown if a == axis else old for a, old in enumerate(self.axes)], list(self.dims), self.shape)
+        axes = [shown if a == axis else old for a, old in enumerate(self.axes)]
+        return Region.of(axes, list(self.dims), self.shape, self.nothing)
 
 
 def _is_single(shown: Axis, size: Any) -> bool:

@@ -1,0 +1,225 @@
+"""Random programs of views and writes, run as they are written: the generator behind the fuzz tests of mask-slice-writes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from nxfx.analysis.provenance import Role, Source
+from nxfx.pipeline import PassContext
+
+INF, NAN = float("inf"), float("nan")
+NASTY = [0.0, -0.0, 1.0, INF, -INF, NAN, -1.0, 2.5, 300.7, 1e-3]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool]
+VIEWS = ["slice", "slice", "slice", "narrow", "select", "transpose", "permute", "unsqueeze", "squeeze", "view", "diagonal", "split",
+         "unbind"]  # fmt: skip
+WRITES = ["fill_", "zero_", "item", "copy_", "copy_broadcast", "copy_cast", "mul_", "add_", "masked_fill_", "mask", "mask_rows",
+          "index_fill_", "index_copy_", "index_add_", "index_put", "position", "scatter", "scatter_value"]  # fmt: skip
+
+
+@dataclass
+class Program:
+    """Steps on a list of tensors, the first of which is the base: ``("view" | "write" | "read", position, operation)``."""
+
+    shape: list[int]
+    dtype: torch.dtype
+    base: str
+    steps: list[tuple[str, int, Any]]
+
+    def __call__(self, x: Tensor, other: Tensor, position: Tensor) -> tuple[Tensor, ...]:
+        if self.base in ("ones", "zeros"):
+            x = getattr(torch, self.base)(self.shape, dtype=self.dtype)
+        elif self.base == "transposed" and x.dim() > 1:
+            x = x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+        else:
+            x = x.clone()
+        tensors, reads = [x], []
+        for kind, at, operation in self.steps:
+            if kind == "view":
+                tensors.append(apply_view(tensors[at], operation))
+            elif kind == "write":
+                apply_write(tensors[at], operation, other, position)
+            else:
+                reads.append(tensors[at].logical_not() if self.dtype is torch.bool else tensors[at] * 1)
+        return (x, *reads)
+
+
+def generate(rng: random.Random, views: int = 4, writes: int = 3) -> Program:
+    """A program that eager accepts, except by bad luck."""
+    shape = [rng.choice([1, 2, 3, 4, 5]) for _ in range(rng.randrange(1, 5))]
+    if rng.random() < 0.05:
+        shape[rng.randrange(len(shape))] = 0
+    program = Program(shape, rng.choice(DTYPES), rng.choice(["input", "ones", "zeros", "transposed"]), [])
+    tensors = [torch.zeros(shape, dtype=program.dtype)]
+    for _ in range(rng.randrange(1, writes + 1)):
+        at = rng.randrange(len(tensors))
+        for _ in range(rng.randrange(0, views + 1)):
+            operation = view_of(rng, tensors[at])
+            tensors.append(apply_view(tensors[at], operation))
+            program.steps.append(("view", at, operation))
+            at = len(tensors) - 1
+        program.steps.append(("write", at, write_to(rng, tensors[at])))
+        if rng.random() < 0.3:
+            program.steps.append(("read", rng.randrange(len(tensors)), None))
+    return program
+
+
+def view_of(rng: random.Random, x: Tensor) -> tuple[str, tuple[Any, ...]]:
+    """A view op that ``x`` accepts."""
+    rank = x.dim()
+    for _ in range(20):
+        kind = rng.choice(VIEWS)
+        dim = rng.randrange(rank) if rank else 0
+        size = x.shape[dim] if rank else 0
+        signed = dim - rng.choice([0, rank])
+        if kind == "slice" and rank:
+            bounds = [None, 0, 1, -1, 2, -2, 3, 99, -99, 2**63 - 1, size, size - 1]
+            return kind, (signed, rng.choice(bounds), rng.choice(bounds), rng.choice([1, 1, 1, 2, 3]))
+        if kind == "narrow" and size:
+            start = rng.randrange(size)
+            return kind, (dim, start, rng.randrange(1, size - start + 1))
+        if kind == "select" and size:
+            return kind, (signed, rng.randrange(-size, size))
+        if kind == "transpose" and rank > 1:
+            return kind, (rng.randrange(-rank, rank), rng.randrange(-rank, rank))
+        if kind == "permute" and rank > 1:
+            order = list(range(rank))
+            rng.shuffle(order)
+            return kind, (order,)
+        if kind == "unsqueeze" and rank < 5:
+            return kind, (rng.randrange(-rank - 1, rank + 1),)
+        if kind == "squeeze":
+            return kind, (signed,) if rank and rng.random() < 0.5 else ()
+        if kind == "view" and rank and x.is_contiguous() and x.numel():
+            return kind, (rng.choice([[-1], [x.shape[0], -1], [-1, x.shape[-1]], [1, *x.shape]]),)
+        if kind == "diagonal" and rank > 1:
+            return kind, (rng.randrange(-2, 3), *rng.sample(range(rank), 2))
+        if kind == "split" and size:
+            length = rng.randrange(1, size + 1)
+            return kind, (length, dim, rng.randrange(-(-size // length)))
+        if kind == "unbind" and size:
+            return kind, (dim, rng.randrange(size))
+    return "squeeze", ()
+
+
+def apply_view(x: Tensor, operation: tuple[str, tuple[Any, ...]]) -> Tensor:
+    kind, args = operation
+    if kind == "slice":
+        dim, start, end, step = args
+        index = [slice(None)] * x.dim()
+        index[dim] = slice(start, end, step)
+        return x[tuple(index)]
+    if kind == "split":
+        return x.split(args[0], args[1])[args[2]]
+    if kind == "unbind":
+        return x.unbind(args[0])[args[1]]
+    return getattr(x, kind)(*args)
+
+
+def write_to(rng: random.Random, x: Tensor) -> tuple[Any, ...]:
+    """A write that ``x`` accepts."""
+    floats = [0, 0.0, -0.0, 1, -1.5, 2, INF, NAN]
+    number = rng.choice(floats) if x.dtype.is_floating_point else rng.choice([0, 0, 1, 3])
+    kind = rng.choice(WRITES)
+    if kind in ("fill_", "zero_", "item", "copy_", "copy_cast", "mul_", "add_", "masked_fill_", "mask"):
+        return kind, number
+    if x.dim() == 0 or x.numel() == 0:
+        return "fill_", number
+    dim = rng.randrange(x.dim())
+    size = x.shape[dim]
+    distinct = rng.sample(range(size), rng.randrange(1, size + 1))
+    if kind == "copy_broadcast":
+        return kind, dim
+    if kind == "mask_rows":
+        return kind, rng.randrange(1, x.dim() + 1)
+    if kind == "index_fill_":
+        return kind, dim, [rng.randrange(-size, size) for _ in range(rng.randrange(1, size + 1))], number
+    if kind in ("index_copy_", "index_add_"):
+        return kind, dim, distinct
+    if kind == "index_put":
+        distinct = rng.choice([distinct, sorted(distinct), [d - size for d in distinct]])
+        return kind, dim, distinct, number if rng.random() < 0.3 else None
+    if kind == "position":
+        return kind, dim, rng.random() < 0.5
+    return kind, dim, rng.randrange(size), number
+
+
+def apply_write(x: Tensor, operation: tuple[Any, ...], other: Tensor, position: Tensor) -> None:
+    kind, *args = operation
+
+    def source(shape: Any, dtype: torch.dtype | None = None) -> Tensor:
+        count = int(torch.Size(shape).numel())
+        made = other.repeat(count // other.numel() + 1)[:count].reshape(shape)
+        return made if dtype is None else made.to(dtype)
+
+    def resized(dim: int, size: int) -> list[int]:
+        return [size if d == dim else s for d, s in enumerate(x.shape)]
+
+    if kind == "fill_":
+        x.fill_(args[0])
+    elif kind == "item":
+        x[...] = args[0]
+    elif kind == "zero_":
+        x.zero_()
+    elif kind == "copy_":
+        x.copy_(source(x.shape))
+    elif kind == "copy_cast":
+        x.copy_(source(x.shape, torch.bfloat16 if x.dtype is torch.float32 else torch.float32))
+    elif kind == "copy_broadcast":
+        x.copy_(source(resized(args[0], 1)))
+    elif kind in ("mul_", "add_"):
+        _ = x.logical_not_() if x.dtype is torch.bool else getattr(x, kind)(2)
+    elif kind == "masked_fill_":
+        x.masked_fill_(source(x.shape) > 0, args[0])
+    elif kind == "mask":
+        x[source(x.shape) > 0] = args[0]
+    elif kind == "mask_rows":
+        x[source(x.shape[: args[0]]) > 0] = source(x.shape[args[0] :], x.dtype)
+    elif kind == "index_fill_":
+        x.index_fill_(args[0], torch.tensor(args[1]), args[2])
+    elif kind in ("index_copy_", "index_add_"):
+        getattr(x, kind)(args[0], torch.tensor(args[1]), source(resized(args[0], len(args[1])), x.dtype))
+    elif kind == "index_put":
+        dim, indices, number = args
+        index: list[Any] = [slice(None)] * x.dim()
+        index[dim] = torch.tensor(indices)
+        x[tuple(index)] = source(resized(dim, len(indices)), x.dtype) if number is None else number
+    elif kind == "position":
+        dim, from_end = args
+        index = [slice(None)] * x.dim()
+        index[dim] = (position % x.shape[dim] - (x.shape[dim] if from_end else 0)).reshape(1)
+        x[tuple(index)] = source(resized(dim, 1), x.dtype)
+    else:
+        dim, row, number = args
+        values = source(resized(dim, 1))
+        index_tensor = (values > 0).long() * row
+        x.scatter_(dim, index_tensor, number if kind == "scatter_value" else values.to(x.dtype))
+
+
+def inputs(rng: random.Random, program: Program) -> tuple[Tensor, Tensor, Tensor]:
+    """A base full of corner values, something to write, and a position."""
+    count = int(torch.Size(program.shape).numel())
+    if program.dtype.is_floating_point:
+        corners, values = NASTY, NASTY
+    elif program.dtype is torch.bool:
+        corners, values = [0, 1], [1.0, 0.0, -3.0, 2.0]
+    else:
+        info = torch.iinfo(program.dtype)
+        corners, values = [0, 1, -1, info.max, info.min, 2**24 + 1], [1.0, 0.0, -3.0, 2.0, 7.0]
+    base = torch.tensor([rng.choice(corners) for _ in range(count)], dtype=program.dtype).reshape(program.shape)
+    return base, torch.tensor([rng.choice(values) for _ in range(7)]), torch.tensor(rng.randrange(5))
+
+
+def functional_graph(function: Any, args: tuple[Tensor, ...]) -> tuple[fx.GraphModule, PassContext]:
+    """The functional ATen graph of ``function``, much faster than export, in the form that AOTAutograd gives."""
+    gm = make_fx(torch.func.functionalize(function, remove="mutations"), tracing_mode="fake")(*args)
+    gm.graph.eliminate_dead_code()
+    sources = {n.name: Source(n.name, Role.INPUT) for n in gm.graph.find_nodes(op="placeholder")}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        sources[node.name] = Source(str(node.target), Role.CONSTANT, getattr(gm, str(node.target)))
+    return gm, PassContext(sources=sources)
