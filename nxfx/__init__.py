@@ -8,7 +8,8 @@ from nxfx.errors import CaptureError, NxfxError, PassError, PrepareError, RangeE
 
 if TYPE_CHECKING:
     from nxfx.api import check, prepare
-    from nxfx.compile import compile
+    from nxfx.capture.dynamo import reports
+    from nxfx.compiled import compile
     from nxfx.pipeline import Pass, PassContext, PassResult, Pipeline
     from nxfx.prepared import PreparedModule
     from nxfx.report import Finding, Location, Report, Rewrite
@@ -18,13 +19,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError", "Finding", "Location", "NxfxError", "Pass", "PassContext", "PassError", "PassResult", "Pipeline", "PrepareError",
-    "PreparedModule", "RangeError", "Report", "Rewrite", "UsageError", "check", "compile", "load", "prepare",
+    "PreparedModule", "RangeError", "Report", "Rewrite", "UsageError", "check", "compile", "load", "prepare", "reports",
 ]  # fmt: skip
 
 _WHERE = {
-    "check": "nxfx.api", "prepare": "nxfx.api", "compile": "nxfx.compile", "load": "nxfx.storage", "PreparedModule": "nxfx.prepared",
+    "check": "nxfx.api", "prepare": "nxfx.api", "compile": "nxfx.compiled", "load": "nxfx.storage", "PreparedModule": "nxfx.prepared",
     "Pass": "nxfx.pipeline", "PassContext": "nxfx.pipeline", "PassResult": "nxfx.pipeline", "Pipeline": "nxfx.pipeline",
     "Finding": "nxfx.report", "Location": "nxfx.report", "Report": "nxfx.report", "Rewrite": "nxfx.report",
+    "reports": "nxfx.capture.dynamo",
 }  # fmt: skip
 
 

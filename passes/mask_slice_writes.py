@@ -149,9 +149,13 @@ class _Rewriter:
         writes = [n for n in self.graph.nodes if n.op == "call_function" and n.target in self.step.targets]
         for scatter in reversed(writes):
             if scatter not in self.unused and meta.is_tensor(scatter):
-                self._plan(scatter)
+                try:
+                    self._plan(scatter)
+                except Exception as error:
+                    error.nxfx_node = scatter  # type: ignore[attr-defined]  # the pipeline names it, and the user's line
+                    raise
         for planned in reversed(self.plans.values()):
-            with self.build.before(planned.scatter):
+            with self.build.before(planned.scatter, _with_trace(planned.scatter)):
                 self._replace(planned)
         self._erase()
         self.result.changed = bool(self.plans)
@@ -272,7 +276,7 @@ class _Rewriter:
             node = self.masks.place(node, base, axes, rank=rank, filler=constant.item(), single=True)
             return _Made(node, "pad", "pad: its base is one constant")
         node = self.masks.place(self.masks.align(node, dims, rank), base, axes, rank=rank)
-        return _Made(self.build.call(aten.where.self, mask, node, base), "slice")
+        return _Made(self.masks.select(mask, node, base), "slice")
 
     def _filled(self, base: fx.Node, regions: list[Region], number: torch.Tensor, planned: _Planned) -> _Made:
         mask: fx.Node | None = None
@@ -285,7 +289,7 @@ class _Rewriter:
         if self._multiplies(base, number, planned):
             rest = self.masks.all_but(base, regions[0], mask) if len(regions) == 1 else self.masks.negated(mask)
             return self._product(base, rest)
-        return _Made(self.build.call(aten.where.self, mask, self._number(number, base), base), "slice")
+        return _Made(self.masks.select(mask, self._number(number, base), base), "slice")
 
     def _indexed(self, write: IndexWrite, planned: _Planned) -> _Made:
         base = self._now(write.base)
@@ -304,7 +308,7 @@ class _Rewriter:
             value = self.build.call(aten.add.Tensor, base, value)
         if mask is None:
             return self._everything(value, base, planned)
-        return _Made(self.build.call(aten.where.self, mask, value, base), f"index-{write.kind}")
+        return _Made(self.masks.select(mask, value, base), f"index-{write.kind}")
 
     def _current(self, write: IndexWrite, base: fx.Node, value: fx.Node | None) -> IndexWrite:
         """``write`` in terms of the nodes that the graph holds by now."""
@@ -340,7 +344,11 @@ class _Rewriter:
 
     def _product(self, base: fx.Node, rest: fx.Node) -> _Made:
         op = aten.bitwise_and.Tensor if meta.dtype_of(base) is torch.bool else aten.mul.Tensor
-        return _Made(self.build.call(op, base, rest), "multiply", "multiplication by the mask of the rest")
+        return _Made(
+            self.masks.elementwise(op, base, rest, dtype=meta.val(base).dtype),
+            "multiply",
+            "multiplication by the mask of the rest",
+        )
 
     def _number(self, number: torch.Tensor, base: fx.Node) -> fx.Node:
         value = meta.val(base)
@@ -397,6 +405,17 @@ def _holds(node: fx.Node, dims: list[int | None], region: Region) -> bool:
 
 def _is_select(shown: Any) -> bool:
     return isinstance(shown, SymbolicSlice) and shown.is_select
+
+
+def _with_trace(node: fx.Node) -> fx.Node:
+    """``node``, or for a node that knows no user line (in a backward graph) one nearby that does."""
+    near = [node]
+    for candidate in near:
+        if "stack_trace" in candidate.meta:
+            return candidate
+        if len(near) < 64:
+            near += [n for n in (*candidate.all_input_nodes, *candidate.users) if n not in near]
+    return node
 
 
 def _bits(number: torch.Tensor) -> torch.Tensor:

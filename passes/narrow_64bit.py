@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from nxfx.analysis import float64, integer_ops
+from nxfx.analysis import integer_ops
 from nxfx.analysis.integer_ops import IntegerRule, Result
-from nxfx.analysis.intervals import INT32, INT64, Interval, arg, fits
-from nxfx.analysis.provenance import Role
+from nxfx.analysis.intervals import INT32, INT64, Interval, fits
 from nxfx.analysis.ranges import analyse
 from nxfx.graph import meta
-from nxfx.graph.narrowing import Narrowing
+from nxfx.narrowing.base import Narrower
+from nxfx.narrowing.floats import NarrowFloats
+from nxfx.narrowing.verdicts import assumptions, op_name, why_kept
 from nxfx.pipeline import Pass, PassContext, PassResult
-from nxfx.report.findings import Finding, Severity
-from nxfx.report.rewrites import Kind
+from nxfx.report.findings import Severity
 
 aten = torch.ops.aten
 
@@ -79,14 +79,13 @@ class Narrow64bit(Pass):
     after: ClassVar[tuple[str, ...]] = ("mask-slice-writes", "lift-int-casts")
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        result = PassResult()
         integers, floats = _concerned(graph_module.graph)
-        if integers:
-            _Integers(self, graph_module, context, result).run(integers)
+        parts = [_NarrowIntegers(self, graph_module, context).run(integers)] if integers else []
         if floats:
-            for wide in (torch.float64, torch.complex128):
-                _Floats(self, graph_module, context, result, wide).run(floats)
-        return result
+            parts += [NarrowFloats(self, graph_module, context, wide).run(floats) for wide in (torch.float64, torch.complex128)]
+        return PassResult(
+            any(p.changed for p in parts), [r for p in parts for r in p.rewrites], [f for p in parts for f in p.findings]
+        )
 
 
 _FLOATS = frozenset({torch.float64, torch.complex128})
@@ -119,81 +118,21 @@ def _concerned(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
     return list(integers), list(floats)
 
 
-@dataclass
-class _Kept:
-    """A 64-bit value that stays, and everything computed from it that therefore stays too."""
-
-    node: fx.Node
-    code: str
-    reason: str
-    fix: str
-    count: int = 0
-
-    def finding(self) -> Finding:
-        more = f"; {self.count} more value{'s' if self.count > 1 else ''} computed from it" if self.count else ""
-        return Finding.at(self.node, self.code, Severity.WARNING, f"{self.reason}: 64 bits are kept{more}", self.fix)
-
-
-class _Narrower:
-    """What both dtypes have in common: records, findings and the consumers that must see the wide dtype."""
-
-    def __init__(
-        self, step: Narrow64bit, gm: fx.GraphModule, context: PassContext, result: PassResult, wide: torch.dtype, narrow: torch.dtype
-    ) -> None:
-        self.step, self.context, self.result = step, context, result
-        self.options: NarrowOptions = step.options
-        self.gm = gm
-        self.book = Narrowing(gm.graph, step.name, wide, narrow)
-        self.kept: dict[fx.Node, _Kept] = {}
-        self._names = (str(wide).removeprefix("torch."), str(narrow).removeprefix("torch."))
-
-    def record(self, node: fx.Node, rule: str, before: str = "", after: str = "", kind: Kind = Kind.EXACT, bound: str = "") -> None:
-        rewrite = self.step.rewrite(node, f"narrow.{rule}", kind, before or self._names[0], after or self._names[1], bound)
-        self.result.rewrites.append(rewrite)
-
-    def keep(self, node: fx.Node, code: str, reason: str, fix: str) -> None:
-        if self.inherit(node):
-            self.kept[node].count += 1
-        else:
-            self.kept[node] = _Kept(node, code, reason, fix)
-
-    def inherit(self, node: fx.Node) -> bool:
-        """Whether ``node`` is computed from a kept value, which is then the one to report."""
-        cause = next((self.kept[n] for n in node.all_input_nodes if n in self.kept), None)
-        if cause is not None:
-            self.kept[node] = cause
-        return cause is not None
-
-    def output(self, node: fx.Node) -> None:
-        """Outputs keep their dtype: a cast back, which the boundary takes out."""
-        peel = self.context.is_body or self.options.boundary == "keep"
-        for operand in self.book.restore(node, peel=peel):
-            self.record(operand, "output", self._names[1], self._names[0])
-
-    def metadata_assert(self, node: fx.Node) -> None:
-        """The assertion now asserts the new dtype."""
-        if self.book.operands(node) and node.args[0] not in self.kept and meta.dtype_of(node.args[0]) == self.book.narrow:
-            key: int | str = 3 if len(node.args) > 3 else "dtype"
-            if arg(node, 3, "dtype") == self.book.wide:
-                integer_ops.set_argument(node, key, self.book.narrow)
-                self.record(node, "assert")
-                self.book.changed = True
-
-    def finish(self) -> None:
-        self.result.changed |= self.book.changed
-        self.result.findings += [k.finding() for k in {id(k): k for k in self.kept.values()}.values()]
-
-
-class _Integers(_Narrower):
-    def __init__(self, step: Narrow64bit, gm: fx.GraphModule, context: PassContext, result: PassResult) -> None:
-        super().__init__(step, gm, context, result, torch.int64, torch.int32)
+class _NarrowIntegers(Narrower):
+    def __init__(self, step: Narrow64bit, gm: fx.GraphModule, context: PassContext) -> None:
+        super().__init__(step, gm, context, torch.int64, torch.int32)
+        self.unproved: dict[fx.Node, None] = {}
         self.ranges = analyse(gm, context.sources)
 
-    def run(self, nodes: list[fx.Node]) -> None:
+    def run(self, nodes: list[fx.Node]) -> PassResult:
         for node in nodes:
             self.visit(node)
-        self.finish()
-        self._report_assumptions()
+        self._require_declared()
+        for node in self.unproved:
+            message = f"`{op_name(node)}` is narrowed without proof (mode=aggressive)"
+            self.result.findings.append(self.step.finding(node, "NX301", Severity.WARNING, message))
+        self.result.findings += assumptions(self.gm, self.ranges, self.context)
+        return self.finish()
 
     def visit(self, node: fx.Node) -> None:
         rule = integer_ops.RULES.get(node.target)
@@ -248,7 +187,7 @@ class _Integers(_Narrower):
 
     def _demands(self, node: fx.Node) -> None:
         if self.book.widen(node, self.book.operands(node)):
-            message = f"`{_op(node)}` demands int64: a cast stands before it"
+            message = f"`{op_name(node)}` demands int64: a cast stands before it"
             self.result.findings.append(self.step.finding(node, "NX304", Severity.INFO, message))
             self.record(node, "local-cast", "int32", "int64")
         self._settle(node)
@@ -256,7 +195,7 @@ class _Integers(_Narrower):
     def _factory(self, node: fx.Node) -> None:
         if not self.book.is_wide(node):
             return
-        if self._fits(node) and all(fits((int(n), int(n)), INT32) for n in integer_ops.python_numbers(node).values()):
+        if self._fits(node) and _numbers_are_int32(node):
             self._take(node, self.book.operands(node))
             node.update_kwarg("dtype", torch.int32)
             self.book.in_place(node)
@@ -303,7 +242,10 @@ class _Integers(_Narrower):
         wide = self.book.is_wide(node)
         follows = rule.result is Result.FOLLOWS
         narrow = all(self.book.takes(n, node) for n in values) and (not (wide and follows) or self._fits(node, rule.forced))
-        narrow = narrow and self._numbers_fit(node, values) and self._shifts_fit(node)
+        if narrow and not (self._numbers_fit(node, values) and self._shifts_fit(node)):
+            narrow = False
+            message = f"`{op_name(node)}` takes a number or a shift beyond 32 bits: it is computed in int64"
+            self.result.findings.append(self.step.finding(node, "NX301", Severity.WARNING, message, "keep it within int32 in the model"))
         self._take(node, [n for n in operands if narrow or n in indices])
         if node.target in integer_ops.EXPANDED_INDEX:
             self._dense_index(node)
@@ -354,24 +296,27 @@ class _Integers(_Narrower):
     def _fits(self, node: fx.Node, besides: frozenset[int] = frozenset()) -> bool:
         """Whether ``node`` (every int64 output of it but ``besides``) holds only int32 values."""
         bounds = [b for i, b in enumerate(self._bounds(node)) if i not in besides]
-        if self.options.mode == "aggressive" and not integer_ops.python_numbers(node):
+        if all(b is None or fits(b, INT32) for b in bounds):
             return True
-        return all(b is None or fits(b, INT32) for b in bounds)
+        if self.options.mode != "aggressive" or not _numbers_are_int32(node):
+            return False
+        self.unproved[node] = None
+        return True
 
     def _numbers_fit(self, node: fx.Node, values: list[fx.Node]) -> bool:
-        """Whether ``node`` means the same in int32 with its Python numbers: sentinels beyond int32 become its ends."""
-        beyond = {k: v for k, v in integer_ops.python_numbers(node).items() if isinstance(v, int) and not fits((v, v), INT32)}
-        if not beyond or not values:
+        """Whether ``node`` means the same in int32 with its Python numbers, once those beyond int32 are replaced."""
+        numbers = {k: v for k, v in integer_ops.python_numbers(node).items() if isinstance(v, int)}
+        if not values or not numbers:
             return True
         bounds = self._bounds(values[0])[0] or INT64
-        for value in beyond.values():
-            end_is_free = bounds[1] < INT32[1] if value > 0 else bounds[0] > INT32[0]
-            if node.target not in integer_ops.CLAMPS and not (node.target in integer_ops.COMPARISONS and end_is_free):
-                return False
-        for key, value in beyond.items():
-            integer_ops.set_argument(node, key, max(INT32[0], min(INT32[1], value)))
-        self.record(node, "sentinel", str(next(iter(beyond.values()))), "the end of int32")
-        self.book.changed = True
+        replaced = {k: integer_ops.in_int32(node, v, bounds) for k, v in numbers.items()}
+        if any(v is None for v in replaced.values()):
+            return False
+        for key, number in replaced.items():
+            if number != numbers[key]:
+                integer_ops.set_argument(node, key, number)
+                self.record(node, "sentinel", str(numbers[key]), str(number))
+                self.book.changed = True
         return True
 
     def _shifts_fit(self, node: fx.Node) -> bool:
@@ -395,137 +340,19 @@ class _Integers(_Narrower):
         for operand in self.book.take(node, operands):
             self.record(operand, "index" if integer_ops.is_forced(operand) else "result")
 
-    # --- words -------------------------------------------------------------------------------------------------------
-
     def _keep(self, node: fx.Node) -> None:
-        bounds = self._bounds(node)[0]
-        source = self.context.sources.get(node.name) if node.op != "call_function" else None
-        culprit = self.ranges.culprit(node)
-        origin = self.context.sources.get(culprit.name) if culprit is not None else None
-        fix = f'declare ranges={{"{origin.name}": (low, high)}}' if origin else "bound it in the model, e.g. with clamp or remainder"
-        if self.context.is_body and node.op == "placeholder":
-            reason, fix = f"`{node.name}` is an operand of a higher-order op: nothing is known of it", "cast it inside the branch"
-        elif source is not None and source.role in (Role.BUFFER, Role.PARAMETER, Role.CONSTANT):
-            self.keep(node, "NX306", f"`{source.name}` holds values beyond int32" if source.is_known else f"`{source.name}` may hold anything", fix)
-            return
-        elif node.op != "call_function":
-            reason = f"`{origin.name if origin else node.name}` may hold values beyond int32"
-        elif bounds is None or bounds == INT64:
-            reason = f"no bound is known for `{_op(node)}`, or it may pass the end of int64"
-        else:
-            end = bounds[1] if bounds[1] > INT32[1] else bounds[0]
-            reason = f"`{_op(node)}` may reach {_power(end)}"
-        self.keep(node, "NX301", reason, fix)
+        self.keep(node, *why_kept(node, self._bounds(node)[0], self.ranges, self.context))
 
-    def _report_assumptions(self) -> None:
+    def _require_declared(self) -> None:
+        """What the user declared holds for every input that the proofs may have used, narrowed or not."""
         self.context.premises.extend(p for p in self.ranges.premises if p not in self.context.premises)
         for node, requirement in self.ranges.requirements.items():
-            source = self.context.sources[node.name]
             if requirement.basis == "declared":
-                self.context.requirements.setdefault(source.name, requirement.bounds)
-            elif requirement.basis == "assumed" and source.name in self.context.requirements:
-                message = f"`{source.name}` is taken to fit int32; the boundary refuses anything else"
-                fix = f'declare ranges={{"{source.name}": (low, high)}} to make it a promise'
-                self.result.findings.append(self.step.finding(node, "NX303", Severity.INFO, message, fix))
-        for symbol in sorted(self.ranges.dims, key=str):
-            anchor = next((n for n in self.gm.graph.nodes if _has_dimension(n, symbol)), None)
-            if anchor is not None:
-                message = f"the dynamic dimension {symbol} of `{anchor.name}` is taken to stay below 2^31"
-                fix = "give it a maximum in dynamic_shapes"
-                self.result.findings.append(self.step.finding(anchor, "NX303", Severity.INFO, message, fix))
+                self.context.requirements.setdefault(self.context.sources[node.name].name, requirement.bounds)
 
 
-class _Floats(_Narrower):
-    def __init__(self, step: Narrow64bit, gm: fx.GraphModule, context: PassContext, result: PassResult, wide: torch.dtype) -> None:
-        super().__init__(step, gm, context, result, wide, float64.NARROW[wide])
-        self.everything = self.options.fp64 == "narrow"
-
-    def run(self, nodes: list[fx.Node]) -> None:
-        for node in nodes:
-            if node.op == "output":
-                self.output(node)
-            elif node.target is integer_ops.METADATA_ASSERT:
-                self.metadata_assert(node)
-            elif not self.book.is_own_cast(node):
-                self._visit(node)
-        self.finish()
-
-    def _visit(self, node: fx.Node) -> None:
-        operands = self.book.operands(node)
-        if node.op in ("placeholder", "get_attr"):
-            if self.book.is_wide(node) and not all(u.op == "output" for u in node.users):
-                self._source(node)
-        elif not isinstance(node.target, torch._ops.OpOverload) and node.target is not operator.getitem:
-            self.book.widen(node, operands)
-            self._keep(node)
-        elif any(self.book.narrowed(n, node) for n in operands) or (self.book.is_wide(node) and self._may_narrow(node)):
-            self._narrow(node)
-        elif self.book.is_wide(node):
-            self._keep(node)
-
-    def _may_narrow(self, node: fx.Node) -> bool:
-        if self.everything:
-            return True
-        return not self.book.operands(node) and float64.rounds_at_every_use(node, float64.filled_with(node))
-
-    def _source(self, node: fx.Node) -> None:
-        source = self.context.sources.get(node.name)
-        value = source.value if source is not None and source.is_known else None
-        exact = float64.rounds_at_every_use(node, value)
-        if self.everything or (exact and source is not None and source.role is not Role.INPUT):
-            origin = node if node.op == "placeholder" else next(iter(node.users))
-            if self.book.cast_source(node, origin):
-                self._record(node, "input", exact=exact)
-        elif not exact:
-            self._keep(node)
-
-    def _narrow(self, node: fx.Node) -> None:
-        """``node`` in the narrow dtype: its dtype keyword, sentinels beyond fp32, and what torch then makes of it."""
-        exact = not self.everything or float64.rounds_at_every_use(node, float64.filled_with(node))
-        was_wide = self.book.is_wide(node)
-        if node.kwargs.get("dtype") == self.book.wide:
-            node.update_kwarg("dtype", self.book.narrow)
-        for key, number in integer_ops.python_numbers(node).items() if self.everything else ():
-            saturated = float64.saturated(number)
-            if saturated != number:
-                integer_ops.set_argument(node, key, saturated)
-                message = f"{number:g} is beyond float32 and became {saturated:g}"
-                self.result.findings.append(self.step.finding(node, "NX302", Severity.WARNING, message))
-        if was_wide:
-            self.book.re_evaluate(node)
-            self._record(node, "float", exact=exact)
-
-    def _record(self, node: fx.Node, rule: str, *, exact: bool) -> None:
-        if exact:
-            self.record(node, rule)
-        else:
-            self.record(node, rule, kind=Kind.REASSOCIATED, bound="rounded to fp32 on request (fp64=narrow)")
-
-    def _keep(self, node: fx.Node) -> None:
-        if not self.book.is_wide(node):
-            return
-        name = self._names[0]
-        source = self.context.sources.get(node.name)
-        what = f"`{source.name}` is {name}" if source is not None else f"`{_op(node)}` gives {name}"
-        fix = f"write {self._names[1]} in the model, or let narrow-64bit{{fp64=narrow}} compute in it"
-        self.keep(node, "NX302", what, fix)
-
-
-def _op(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
-
-
-def _power(value: int) -> str:
-    size = abs(value)
-    sign = "-" if value < 0 else ""
-    if size & (size - 1) == 0:
-        return f"{sign}2^{size.bit_length() - 1}"
-    return str(value) if size < 2**40 else f"{sign}2^{size.bit_length() - 1} and more"
-
-
-def _has_dimension(node: fx.Node, symbol: Any) -> bool:
-    sizes = getattr(meta.val(node), "shape", ())
-    return any(isinstance(s, torch.SymInt) and s.node.expr == symbol for s in sizes)
+def _numbers_are_int32(node: fx.Node) -> bool:
+    return all(INT32[0] <= n <= INT32[1] for n in integer_ops.python_numbers(node).values())
 
 
 def _nodes_in(argument: Any) -> list[fx.Node]:

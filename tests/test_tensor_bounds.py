@@ -669,12 +669,11 @@ def test_an_error_stands_even_when_the_model_catches_it() -> None:
         (IndexError, lambda x, n: x[0, 0, 0, :n].sum()),
         (IndexError, lambda x, n: x.sum()[:n].sum()),
         (ValueError, lambda x, n: x[n::-1].sum()),
-        ((ValueError, SystemError), lambda x, n: x.__setitem__(slice(n, None, 0), 0)),
         (RuntimeError, lambda x, n: x.long()[:n].mul_(0.5)),
         (RuntimeError, lambda x, n: x.long()[:n].mean()),
     ],
 )
-def test_what_eager_refuses_is_refused_alike(error: Any, model: Model) -> None:
+def test_what_eager_refuses_is_refused_alike(error: type[Exception], model: Model) -> None:
     with pytest.raises(error):
         model(torch.randn(4, 4), t(2))
     with pytest.raises(error):

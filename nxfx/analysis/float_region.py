@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from nxfx.analysis.integer_origin import METADATA, Family, IntegerOrigins
+from nxfx.analysis.float_ops import METADATA, Family
+from nxfx.analysis.integer_origin import IntegerOrigins
 
 _ARITHMETIC = (Family.COMPUTE, Family.OUTER)
 
@@ -17,7 +18,7 @@ class Region:
 
     Attributes:
         nodes: the members, in topological order.
-        causes: sensitive ops that are the reason, where no rounded integer is.
+        causes: the sensitive ops that are the reason where no rounded integer is.
     """
 
     nodes: dict[fx.Node, None] = field(default_factory=dict)
@@ -27,9 +28,9 @@ class Region:
 def grow(origins: IntegerOrigins) -> Region:
     """The region of a graph. Each member is entered at most once forwards and once backwards.
 
-    Forwards: from a rounded integer, or a sensitive op with a rounded operand, to every member that is made of it. Backwards: to
-    the rounded operands of these. Then what merely carries a value to where it is rounded anyway is left out, and what is
-    exact and feeds the region only is taken in, since that saves a cast.
+    Forwards: from a rounded integer, or from a sensitive op with a rounded operand, to every member made of it.
+    Backwards: to the rounded operands of these. Then what merely carries a value to where it is rounded anyway is
+    left out, and what is exact and feeds the region only is taken in, since that saves a cast.
     """
     growth = _Growth(origins)
     for node, entry in origins.entries.items():
@@ -37,12 +38,12 @@ def grow(origins: IntegerOrigins) -> Region:
             growth.forwards(node)
     causes = []
     for node in origins.sensitive:
-        grown = len(growth.nodes)
+        before = len(growth.nodes)
         growth.backwards(node)
         member = origins.members.get(node)
         if member is not None and member.low is not None:
             growth.forwards(node)
-        if len(growth.nodes) > grown:
+        if len(growth.nodes) > before:
             causes.append(node)
     kept = growth.trimmed()
     return Region({n: None for n in origins.members if n in kept}, causes)
@@ -51,6 +52,7 @@ def grow(origins: IntegerOrigins) -> Region:
 class _Growth:
     def __init__(self, origins: IntegerOrigins) -> None:
         self.origins = origins
+        self.members = origins.members
         self.nodes: set[fx.Node] = set()
         self._forwards: set[fx.Node] = set()
         self._backwards: set[fx.Node] = set()
@@ -65,7 +67,7 @@ class _Growth:
             self.nodes.add(node)
             self.backwards(node)
             for user in node.users:
-                member = self.origins.members.get(user)
+                member = self.members.get(user)
                 if member is not None and member.low is not None and member.family is not Family.FACTORY:
                     pending.append(user)
 
@@ -76,28 +78,29 @@ class _Growth:
             if node in self._backwards:
                 continue
             self._backwards.add(node)
-            member = self.origins.members.get(node)
+            member = self.members.get(node)
             for value in member.values if member is not None else node.all_input_nodes:
-                operand = self.origins.members.get(value) if isinstance(value, fx.Node) else None
+                operand = self.members.get(value) if isinstance(value, fx.Node) else None
                 if operand is not None and operand.rounded:
                     if operand.low is not None:
                         self.nodes.add(value)
                     pending.append(value)
 
     def trimmed(self) -> set[fx.Node]:
-        members, kept = self.origins.members, set[fx.Node]()
+        kept: set[fx.Node] = set()
         refined = self._refined()
-        for node in reversed(members):
-            member = members[node]
+        for node in reversed(self.members):
+            member = self.members[node]
             if node in self.nodes:
-                if member.family in _ARITHMETIC or self._joins(node, refined) or any(self._gains(u, kept) for u in node.users):
+                gains = member.family in _ARITHMETIC or self._joins(node, refined)
+                if gains or any(self._gains(user, kept) for user in node.users):
                     kept.add(node)
-            elif member.low is not None and not member.rounded and (member.integer or member.family is Family.FACTORY):
+            elif self._may_join(node):
                 users = [u for u in node.users if u.target not in METADATA]
-                if users and not member.tables and not member.learned and all(u in kept for u in users):
+                if users and all(u in kept for u in users):
                     kept.add(node)
-        for node in members:  # the outputs of a multi-output op change together
-            if isinstance(node.meta.get("val"), (list, tuple)) and node in kept:
+        for node in self.members:  # the outputs of a multi-output op change together
+            if node in kept and isinstance(node.meta.get("val"), (list, tuple)):
                 kept.update(node.users)
         return kept
 
@@ -105,17 +108,25 @@ class _Growth:
         """Whether ``user`` makes something of the unrounded value."""
         if user in kept or user in self.origins.sinks:
             return True
-        member = self.origins.members.get(user)
+        member = self.members.get(user)
         return member is not None and member.low is None and member.family is not Family.FACTORY
 
     def _refined(self) -> set[fx.Node]:
-        refined = set[fx.Node]()
-        for node, member in self.origins.members.items():
+        """Members of the region whose value changes, not only its dtype."""
+        refined: set[fx.Node] = set()
+        for node, member in self.members.items():
             if node in self.nodes and (member.family in _ARITHMETIC or any(v in refined for v in member.values)):
                 refined.add(node)
         return refined
 
     def _joins(self, node: fx.Node, refined: set[fx.Node]) -> bool:
         """Whether ``node`` puts refined values together, so that one cast back after it does for all of them."""
-        member = self.origins.members[node]
+        member = self.members[node]
         return member.family is Family.SELECT and len({v for v in member.values if v in refined}) > 1
+
+    def _may_join(self, node: fx.Node) -> bool:
+        """Whether ``node`` is exact and made from integers and numbers alone: in float32 it costs no cast."""
+        member = self.members[node]
+        if member.low is None or member.rounded or member.tables or member.learned:
+            return False
+        return member.integer or member.family is Family.FACTORY

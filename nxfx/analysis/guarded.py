@@ -41,6 +41,7 @@ def refine(ranges: Ranges, where: fx.Node) -> None:
         return
     with ranges.strict():
         proved = _refined(ranges, where)
+    ranges.guarded.update(n for n in found if n is not where)
     for node, bounds in found.items():
         ranges.tighten(node, bounds, None if proved is None else proved.get(node))
 
@@ -63,8 +64,12 @@ def _refined(ranges: Ranges, where: fx.Node) -> dict[fx.Node, Interval] | None:
             found = _evaluate(ranges, chain, *constraint)
             if constraint[1] is not None:
                 results.append(found.get(branch, constraint[1]))
-            readers = {*chain, where}
-            inside |= {n: b for n, b in found.items() if all(u in readers or u.target in _TEMPLATES for u in n.users)}
+            readers = {where}
+            for node in reversed(chain):
+                if all(u in readers or u.target in _TEMPLATES for u in node.users):
+                    readers.add(node)
+                    if node in found:
+                        inside[node] = join(found[node], inside.get(node, found[node]))  # read on both sides: either holds
         else:
             results.append(bounds)
     return {where: join(*results), **inside} if results else None
@@ -94,8 +99,9 @@ def _chain(branch: fx.Node, value: fx.Node) -> list[fx.Node] | None:
         if node not in seen:
             seen[node] = False
             if len(seen) <= _LIMIT and node.target in _HARMLESS:
-                seen[node] = any([depends(n) for n in node.all_input_nodes])
-                if seen[node]:
+                ways = [n for n in node.all_input_nodes if depends(n)]  # all of them: each belongs to the chain
+                seen[node] = bool(ways)
+                if ways:
                     order.append(node)
         return seen[node]
 

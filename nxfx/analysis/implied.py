@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.analysis.range_rules import PRESERVING_VIEWS
 from nxfx.analysis.intervals import Interval, Ranges, arg
+from nxfx.analysis.range_rules import PRESERVING_VIEWS
 from nxfx.graph import meta
 
 aten = torch.ops.aten

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nxfx.analysis.intervals import INT32, Interval, fits
 from nxfx.analysis.range_rules import PRESERVING_VIEWS, SELECTIONS, overloads
 
 aten = torch.ops.aten
@@ -66,6 +67,8 @@ POINTWISE = frozenset(
 )  # fmt: skip
 
 SHIFTS = frozenset(overloads("bitwise_left_shift", "bitwise_right_shift", "__lshift__", "__rshift__"))
+RIGHT_SHIFTS = frozenset(overloads("bitwise_right_shift", "__rshift__"))
+BITWISE = frozenset(overloads("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__"))
 CLAMPS = frozenset(overloads("clamp", "clip", "clamp_min", "clamp_max"))
 COMPARISONS = frozenset(overloads("eq", "ne", "lt", "le", "gt", "ge"))
 CHOICES = frozenset(overloads("where"))
@@ -129,6 +132,24 @@ def python_numbers(node: fx.Node) -> dict[int | str, int | float]:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found[key] = value
     return found
+
+
+def in_int32(node: fx.Node, number: int, bounds: Interval) -> int | None:
+    """What ``number`` becomes when ``node`` is computed in int32, its operand within ``bounds`` and its result in int32.
+
+    The ends of int32 stand for what is beyond them in a clamp, and in a comparison when the operand cannot reach them. The low 32
+    bits decide a bitwise op. A shift to the right by more than 31 leaves the sign. None: it has to be computed in int64.
+    """
+    if node.target in RIGHT_SHIFTS and number > 31:
+        return 31
+    if fits((number, number), INT32):
+        return number
+    if node.target in BITWISE:
+        return (number + 2**31) % 2**32 - 2**31
+    end_is_free = bounds[1] < INT32[1] if number > 0 else bounds[0] > INT32[0]
+    if node.target in CLAMPS or (node.target in COMPARISONS and end_is_free):
+        return max(INT32[0], min(INT32[1], number))
+    return None
 
 
 def set_argument(node: fx.Node, key: int | str, value: Any) -> None:

@@ -75,6 +75,7 @@ class Ranges:
         premises: present values of never-written buffers and parameters that the bounds rest on.
         requirements: input node → what the boundary has to enforce for it.
         dims: symbol of a dynamic dimension without an upper bound that is assumed to fit int32.
+        guarded: nodes whose bounds hold only at the elements that the one ``where`` reading them selects.
     """
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
@@ -82,6 +83,7 @@ class Ranges:
         self.premises: list[Premise] = []
         self.requirements: dict[fx.Node, Requirement] = {}
         self.dims: set[Any] = set()
+        self.guarded: set[fx.Node] = set()
         self._assumed: dict[fx.Node, Bounds] = {}
         self._proved: dict[fx.Node, Bounds] = {}  # only where it differs from _assumed
         self._culprit: dict[fx.Node, fx.Node] = {}
@@ -152,6 +154,10 @@ class Ranges:
         bounds = self._proved.get(node) if self._strictly else None
         bounds = bounds or self._assumed.get(node)
         return bounds[index] if isinstance(bounds, list) and -len(bounds) <= index < len(bounds) else None
+
+    def lean(self) -> None:
+        """The rule that runs may rest on an assumption that its operands do not show."""
+        self._leaned = True
 
     @contextlib.contextmanager
     def strict(self) -> Iterator[None]:

@@ -141,6 +141,7 @@ def _cast(node: fx.Node, ranges: Ranges) -> Bounds:
     from nxfx.analysis.float_ranges import bound
 
     floats = bound(ranges, source)
+    ranges.lean()
     return (math.trunc(floats[0]), math.trunc(floats[1])) if floats and all(map(math.isfinite, floats)) else None
 
 

@@ -1,7 +1,7 @@
 """Tables that were rounded to low precision before capture, and what that costs where they are used.
 
-``model.bfloat16()`` rounds a registered ``inv_freq`` for good; a later ``.float()`` cannot bring it back. The error of an angle is
-bounded by half a unit in the last place of the table's entries times the largest position.
+``model.bfloat16()`` rounds a registered ``inv_freq`` for good; a later ``.float()`` cannot bring it back. The error
+of an angle is bounded by half a unit in the last place of the table's entries times the largest position.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.integer_origin import PERIODIC, Family, IntegerOrigins, dtype_of
+from nxfx.analysis.float_ops import PERIODIC, Family, dtype_of, op_name
+from nxfx.analysis.integer_origin import IntegerOrigins
 from nxfx.analysis.provenance import Source
 from nxfx.graph import meta
 
@@ -28,11 +29,11 @@ _UNKNOWN = (math.inf, math.inf)
 def rounded_table_errors(
     origins: IntegerOrigins, sources: Mapping[str, Source]
 ) -> Iterator[tuple[fx.Node, Source, torch.dtype, float]]:
-    """``(node, table, dtype it was rounded to, worst error)`` for each rounded table, at the worst sin, cos or tan it reaches.
+    """``(node, table, its low precision, error)`` for each rounded table, at the worst sin, cos or tan it reaches.
 
     The error is that of the function's value over the known range of the integers, at most 2.
     """
-    worst: dict[fx.Node, tuple[fx.Node, float]] = {}
+    worst: dict[fx.Node, tuple[fx.Node, torch.dtype, float]] = {}
     rounded_to = functools.cache(lambda table: _rounded_to(sources[table.name].value, dtype_of(table)))
     for node, member in origins.members.items():
         if node.target not in PERIODIC:
@@ -43,17 +44,17 @@ def rounded_table_errors(
                 continue
             error = _Error(origins, table, low).of(member.values[0])[1]
             error = 2.0 if not math.isfinite(error) else min(error, 2.0)
-            if error > 0 and error > worst.get(table, (node, 0.0))[1]:
-                worst[table] = node, error
-    for table, (node, error) in worst.items():
-        yield node, sources[table.name], rounded_to(table), error
+            if error > 0 and (table not in worst or error > worst[table][2]):
+                worst[table] = node, low, error
+    for table, (node, low, error) in worst.items():
+        yield node, sources[table.name], low, error
 
 
 def _rounded_to(value: torch.Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
     """The low-precision dtype that ``value`` was rounded to, None when it seems to be exact.
 
-    Entries that would do with two bits less (powers of two, small integers) tell nothing; a float32 table counts as rounded when
-    several entries use all the bits of bf16 or fp16 and none uses more.
+    Entries that would do with two bits less (powers of two, small integers) tell nothing; a float32 table counts as
+    rounded when several entries use all the bits of bf16 or fp16 and none uses more.
     """
     if value is None or isinstance(value, meta.FakeTensor) or value.is_meta or not 0 < value.numel() <= _SCAN_LIMIT:
         return dtype if dtype in _BITS else None
@@ -75,6 +76,7 @@ class _Error:
         self.origins = origins
         self.table = table
         self.low = low
+        self._found: dict[fx.Node, tuple[float, float]] = {}
 
     def of(self, value: Any, depth: int = 48) -> tuple[float, float]:
         """Largest magnitude and largest error of ``value``."""
@@ -82,19 +84,24 @@ class _Error:
             return abs(float(value)), 0.0
         if not isinstance(value, fx.Node) or depth == 0:
             return _UNKNOWN
+        if value not in self._found:
+            self._found[value] = self._compute(value, depth)
+        return self._found[value]
+
+    def _compute(self, value: fx.Node, depth: int) -> tuple[float, float]:
         if dtype_rules.is_integral(dtype_of(value)):
-            return float(max(map(abs, self.origins.bounds(value)[0]))), 0.0
+            return float(max(map(abs, self.origins.exact.bounds(value)[0]))), 0.0
         member = self.origins.of(value)
         if member is None:
             return _UNKNOWN
         if member.family is None:
             return self._table(value)
-        exact = self.origins.exact(value)
+        exact = self.origins.exact.of(value)
         if exact is not None:
             return float(max(map(abs, exact))), 0.0
         parts = [self.of(v, depth - 1) for v in member.values]
         magnitudes, errors = [m for m, _ in parts], [e for _, e in parts]
-        name = value.target.__name__.split(".")[0]  # type: ignore[union-attr]
+        name = op_name(value)
         if member.family in (Family.CAST, Family.MOVE, Family.SELECT):
             return max(magnitudes, default=math.inf), max(errors, default=math.inf)
         if name in ("add", "sub", "rsub"):
@@ -113,7 +120,7 @@ class _Error:
         magnitudes = held.detach().double().abs()
         if node is not self.table:
             return float(magnitudes.max()), 0.0
-        half_ulp = torch.ldexp(torch.ones(()).double(), torch.frexp(magnitudes)[1] - _BITS[self.low] - 2)
+        half_ulp = torch.exp2((torch.frexp(magnitudes)[1] - _BITS[self.low] - 2).double())
         return float(magnitudes.max()), float(torch.where(magnitudes > 0, half_ulp, 0.0).max())
 
 

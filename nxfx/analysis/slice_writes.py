@@ -29,7 +29,7 @@ from nxfx.analysis.views import (
 )  # fmt: skip
 from nxfx.graph import meta
 from nxfx.graph.masks import has_shape
-from nxfx.graph.regions import Region, SymbolicSlice
+from nxfx.graph.regions import Region
 
 aten = torch.ops.aten
 
@@ -105,12 +105,7 @@ def read_slice_write(
                 return SliceWrite(node, base, [], Value())
             if shown == region and has_shape(root, meta.val(base).shape):
                 return SliceWrite(node, base, [region], Value(root, placed=True))
-    strided = any(isinstance(a, SymbolicSlice) and a.step > 1 for a in region.axes)
-    return (
-        None
-        if strided and written.node is not None and meta.val(written.node).dim()
-        else SliceWrite(node, base, [region], written)
-    )
+    return SliceWrite(node, base, [region], written)
 
 
 def _written(scatter: fx.Node) -> Region | None:

@@ -37,11 +37,11 @@ def _kind(node: fx.Node, user: fx.Node) -> str:
         return "boundary" if source or _casts_up(node) else "edge"
     if user.target is integer_ops.METADATA_ASSERT:
         return "assertion"
-    if _casts_down(user):
-        if source:
-            return "boundary"
-        return "forced" if integer_ops.is_forced(node) or node.target not in integer_ops.RULES else "edge"
-    return "forced" if _casts_up(node) and user.target not in integer_ops.RULES else "edge"
+    if source:
+        return "boundary" if _casts_down(user) else "edge"
+    made = integer_ops.is_forced(node) or node.target not in integer_ops.RULES
+    taken = user.target not in integer_ops.RULES
+    return "forced" if (made and (taken or _casts_down(user))) or (_casts_up(node) and taken) else "edge"
 
 
 def _casts_down(node: fx.Node) -> bool:

@@ -1,10 +1,11 @@
 """``torch.compile(model, backend="nxfx")``: Dynamo captures, nxfx cleans, an inner compiler compiles.
 
-AOTAutograd makes the graph functional. An inference graph is cleaned as it comes. In training the *joint* graph of forward and
-backward is cleaned before it is split, so that both halves agree on the dtypes of what is saved between them.
+AOTAutograd makes the graph functional. An inference graph is cleaned as it comes. In training the *joint* graph of
+forward and backward is cleaned before it is split, so that both halves agree on the dtypes of what is saved.
 
-Parameters, buffers and everything else reach a Dynamo graph as inputs, and Dynamo guards their shapes, not their values. So no
-proof rests on a present value here: an integer buffer is checked on each call like any other input, and a float's value is unknown.
+Parameters, buffers and everything else reach a Dynamo graph as inputs, and Dynamo guards their shapes, not their
+values. So no proof rests on a present value here: an integer buffer is checked on each call like any other input,
+and nothing is known of a float.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nxfx import reproducer
-from nxfx.analysis.dtype_rules import integer_bounds, is_integral
+from nxfx.analysis.dtype_rules import integer_bounds, is_integral, is_wide
 from nxfx.analysis.provenance import Role, Source
 from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, InputRule, hoist
 from nxfx.capture.dynamo_frame import graph_breaks, user_names
 from nxfx.errors import NxfxError, PassError, PrepareError, RangeError, UsageError
 from nxfx.graph import meta
-from nxfx.graph.builder import refresh
+from nxfx.graph.builder import NodeBuilder, refresh
 from nxfx.pipeline import PassContext, Pipeline
 from nxfx.report import Finding, Report, Severity
 from nxfx.targets import Target, get_target
@@ -42,12 +43,13 @@ aten = torch.ops.aten
 Compiled = Callable[..., Any]
 Inner = Callable[[fx.GraphModule, list[Any]], Compiled]
 
+_AS_STRIDED = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 _KEPT_REPORTS = 256
 _reports: deque[Report] = deque(maxlen=_KEPT_REPORTS)
 
 
 def reports() -> list[Report]:
-    """The reports of the graphs that ``torch.compile(..., backend="nxfx")`` compiled in this process, oldest first (the last 256).
+    """The reports of what ``torch.compile(..., backend="nxfx")`` compiled in this process, oldest first (the last 256).
 
     One per Dynamo graph: a model with a graph break, or one that was compiled again for another shape, has several.
     """
@@ -55,7 +57,11 @@ def reports() -> list[Report]:
 
 
 def nxfx_backend(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
 ) -> Compiled:
     """The Dynamo backend ``"nxfx"``.
 
@@ -64,8 +70,8 @@ def nxfx_backend(
         options: as given to ``torch.compile(model, backend="nxfx", options={...})``; see :class:`BackendOptions`.
         mode: only ``"default"``.
 
-    What nxfx refuses (:class:`~nxfx.errors.NxfxError`) is raised by the first call of the compiled function: an exception raised
-    here would reach the user wrapped in Dynamo's ``BackendCompilerFailed``.
+    What nxfx refuses (:class:`~nxfx.errors.NxfxError`) is raised by the first call of the compiled function: an
+    exception raised here would reach the user wrapped in Dynamo's ``BackendCompilerFailed``.
     """
     try:
         job = _Job(BackendOptions.read(options, mode), gm, example_inputs)
@@ -88,8 +94,9 @@ class BackendOptions:
     """The keys of ``torch.compile(..., backend="nxfx", options={...})``.
 
     Attributes:
-        inner: the compiler of the cleaned graph: the name of a Dynamo backend or ``compiler(graph_module, example_inputs)``. Default:
-            ``"neuron"`` where it is registered; else, and with ``"eager"``, the cleaned graph runs as it is.
+        inner: the compiler of the cleaned graph: the name of a Dynamo backend or
+            ``compiler(graph_module, example_inputs)``. Default: ``"neuron"`` where it is registered; else, and with
+            ``"eager"``, the cleaned graph runs as it is.
         target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``.
         pipeline: a :class:`~nxfx.pipeline.Pipeline` or its text.
         ranges: input name → inclusive ``(low, high)`` that an integer input can hold; enforced on each call.
@@ -114,13 +121,16 @@ class BackendOptions:
             UsageError: an unknown option, or a value that an option does not take.
         """
         if mode not in (None, "default"):
-            raise UsageError(f"backend 'nxfx' has no mode {mode!r}: set it on the inner compiler, options={{'inner': ...}}")
+            raise UsageError(
+                f"backend 'nxfx' has no mode {mode!r}: set it on the inner compiler, options={{'inner': ...}}"
+            )
         known = [f.name for f in dataclasses.fields(cls)]
         for name in options or {}:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 raise UsageError(
-                    f"backend 'nxfx' has no option {name!r}." + (f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(known)}.")
+                    f"backend 'nxfx' has no option {name!r}."
+                    + (f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(known)}.")
                 )
         found = cls(**dict(options or {}))
         if found.check not in get_args(Check):
@@ -165,7 +175,7 @@ class _Job:
         self.target = get_target(options.target)
         self.inner_name, self.inner = inner_compiler(options.inner)
         self.pipeline = _pipeline(options.pipeline, self.target)
-        # Containers (compiled autograd) are flattened on the way: positions then say nothing, and every input is opaque.
+        # Containers (compiled autograd) are flattened on the way: positions then say nothing, every input is opaque.
         flat = all(isinstance(x, (torch.Tensor, int, float, torch.SymInt, torch.SymFloat)) for x in example_inputs)
         self.names = user_names(gm) if flat else []
         self.report = Report(self.target.name, str(self.pipeline), captured_by="dynamo")
@@ -200,12 +210,16 @@ class _Job:
 
         # No decompositions of our own: what is left is what the passes know, and the inner compiler has its own table.
         backend = aot_autograd(
-            fw_compiler=forward, bw_compiler=backward, inference_compiler=inference, partition_fn=partition, decompositions={}
+            fw_compiler=forward,
+            bw_compiler=backward,
+            inference_compiler=inference,
+            partition_fn=partition,
+            decompositions={},
         )
         compiled: Compiled = backend(self.gm, self.example_inputs)
         return compiled
 
-    # -- cleaning -----------------------------------------------------------------------------------------------------------
+    # -- cleaning ----------------------------------------------------------------------------------------------------
 
     def clean(self, gm: fx.GraphModule, training: bool) -> None:
         """Run the pipeline on a functional graph in place and write the report.
@@ -217,11 +231,12 @@ class _Job:
         context, report = self._context(gm, training), self.report
         report.nodes["before"], before = len(gm.graph.nodes), wide_edges(gm)
         started = time.perf_counter()
+        pipeline, kept = _safe_pipeline(self.pipeline, gm)
         with _disable_current_modes():  # torch 2.9 calls the partition function with its fake mode on
-            result = self.pipeline.run(gm, context, verify_each=self.options.verify_each)
+            result = pipeline.run(gm, context, verify_each=self.options.verify_each)
             _settle_strides(gm)
         report.timings |= {"pipeline": time.perf_counter() - started} | {run.name: run.seconds for run in result.runs}
-        report.add(result.rewrites, result.findings)
+        report.add(result.rewrites, result.findings + kept)
         report.requirements = dict(context.requirements)
         after = wide_edges(gm)
         report.wide_edges = {"before": before["edges"], "after": after["edges"], "forced": after["forced"]}
@@ -254,18 +269,22 @@ class _Job:
 
     def _unknown_ranges(self) -> list[Finding]:
         inputs = [name for name, role in self.names if role is Role.INPUT]
+        known = f"it has: {', '.join(inputs) or 'none'}"
         return [
-            Finding("NX303", Severity.WARNING, f"ranges= names {name!r}, which is no input of this graph (it has: {', '.join(inputs) or 'none'})")
+            Finding("NX303", Severity.WARNING, f"ranges= names {name!r}, which is no input of this graph ({known})")
             for name in self.options.ranges
             if name not in dict(self.names)
         ]
 
     def _limit_integers(self, gm: fx.GraphModule) -> None:
-        """Python integers that arrive as symbols: the range analysis takes one that has no upper bound to fit int32."""
+        """Python integers that arrive as symbols: the range analysis takes a size without an upper bound to fit int32.
+
+        To it every symbol that is never negative is a size, so an integer ``n`` behind ``if n > 0`` has to fit too.
+        """
+        low, high = integer_bounds(torch.int32)
         for node in gm.graph.find_nodes(op="placeholder"):
             value = meta.val(node)
-            if isinstance(value, torch.SymInt) and meta.is_symbol(value):
-                low, high = integer_bounds(torch.int32)
+            if isinstance(value, torch.SymInt) and value.node.shape_env.bound_sympy(value.node.expr).lower >= 0:
                 self.limits[node.name] = InputRule(self._source(node).name, None, low, high, "int32")
 
     def _reproduce(self, error: PassError) -> None:
@@ -286,7 +305,7 @@ class _Job:
                 return  # the first error is the one to tell
         error.args = (f"{error.args[0]}\nreproducer: {error.reproducer}",)
 
-    # -- handing over -------------------------------------------------------------------------------------------------------
+    # -- handing over ------------------------------------------------------------------------------------------------
 
     def _hand_over(self, gm: fx.GraphModule, stage: str, sources: Mapping[str, Source]) -> Compiled:
         """Hoist the boundary of one cleaned graph and compile what is inside."""
@@ -294,12 +313,13 @@ class _Job:
         with _disable_current_modes():
             boundary = _hoist(gm, sources, self.context.requirements)
             _narrow_constants(gm, boundary)
-        if stage == "backward":  # what it reads was saved by the forward graph, which has checked what the proofs rest on
+        if stage == "backward":  # what it reads was saved by the forward graph, which has checked its inputs
             for rule in boundary.inputs:
                 rule.low = rule.high = None
         constants = _take_constant_outputs(gm)
         gm.recompile()
-        limits = [(i, self.limits[n.name]) for i, n in enumerate(placeholders) if n.name in self.limits and stage != "backward"]
+        limited = self.limits if stage != "backward" else {}
+        limits = [(i, limited[n.name]) for i, n in enumerate(placeholders) if n.name in limited]
         compiled = self._compile_inner(gm, [meta.val(n) for n in placeholders], stage)
         return _with_boundary(compiled, boundary, constants, limits, self.options.check)
 
@@ -315,10 +335,12 @@ class _Job:
         except NxfxError:
             raise
         except Exception as error:
-            raise CompilerError(
+            told = (
                 f"the inner compiler {self.inner_name!r} failed on the {stage} graph: {type(error).__name__}: {error}"
-                + (f"\n{self.inner_name!r} may serve inference only: call the model under torch.no_grad()" if stage != "inference" else "")
-            ) from error
+            )
+            if stage != "inference":
+                told += f"\n{self.inner_name!r} may serve inference only: call the model under torch.no_grad()"
+            raise CompilerError(told) from error
 
 
 class CompilerError(NxfxError):
@@ -335,23 +357,47 @@ def _pipeline(pipeline: Pipeline | str | None, target: Target) -> Pipeline:
     return Pipeline.parse(pipeline) if isinstance(pipeline, str) else pipeline
 
 
+def _safe_pipeline(pipeline: Pipeline, gm: fx.GraphModule) -> tuple[Pipeline, list[Finding]]:
+    """``pipeline``, without narrowing where the graph reads the memory of wide tensors with gaps: a cast packs them."""
+    found = (node for op in _AS_STRIDED for node in gm.graph.find_nodes(op="call_function", target=op))
+    strided = [node for node in found if is_wide(meta.dtype_of(node))]
+    if not strided or "narrow-64bit" not in pipeline.names:
+        return pipeline, []
+    wide = (meta.val(n) for n in gm.graph.nodes if is_wide(meta.dtype_of(n)))
+    if all(value.is_contiguous() for value in wide):
+        return pipeline, []
+    message = "as_strided reads the memory of 64-bit tensors, and one is not contiguous: the graph stays in 64 bits"
+    kept = Finding.at(strided[0], "NX301", Severity.WARNING, message, "index or slice it instead")
+    return pipeline.without("narrow-64bit"), [kept]
+
+
 def _settle_strides(gm: fx.GraphModule) -> None:
-    """Make strides true again behind casts that passes put after tensors which are not dense: a cast's result is."""
-    mode = meta.fake_mode_of(gm.graph)
+    """Make strides true again behind casts that passes put after tensors which are not dense: a cast's result is.
+
+    A ``view`` that the new strides do not allow gets a contiguous copy, as ``reshape`` would have traced it.
+    """
+    build = NodeBuilder(gm.graph, "dynamo")
     moved: set[fx.Node] = set()
     for node in gm.graph.find_nodes(op="call_function", target=aten._to_copy.default):
         value = meta.val(node)
         if "nxfx" in node.meta and isinstance(value, torch.Tensor) and not value.is_contiguous():
             moved.add(node)
-    if not moved:
-        return
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes) if moved else ():
         if node not in moved and moved.isdisjoint(node.all_input_nodes):
             continue
-        if node.op != "call_function" or not isinstance(meta.val(node), torch.Tensor) or node.meta.get("unbacked_bindings"):
+        if node.op != "call_function" or not meta.is_tensor(node) or node.meta.get("unbacked_bindings"):
             continue
         before = meta.val(node).stride()
-        refresh(node, mode)
+        try:
+            refresh(node, build.mode)
+        except (ValueError, RuntimeError):
+            if node.target is not aten.view.default:
+                raise
+            (source,) = node.all_input_nodes[:1]
+            with build.before(node):
+                packed = build.call(aten.clone.default, source, memory_format=torch.contiguous_format)
+            node.replace_input_with(source, packed)
+            refresh(node, build.mode)
         if meta.val(node).stride() == before:
             moved.discard(node)
         else:
@@ -359,7 +405,7 @@ def _settle_strides(gm: fx.GraphModule) -> None:
 
 
 def _hoist(gm: fx.GraphModule, sources: Mapping[str, Source], requirements: Mapping[str, tuple[int, int]]) -> Boundary:
-    """:func:`~nxfx.boundary.hoist`, with the strides that narrowed inputs will have: ``.to`` makes a dense tensor even of a view."""
+    """:func:`~nxfx.boundary.hoist`, with the strides that narrowed inputs will have: ``.to`` packs a view with gaps."""
     given = {node: meta.val(node) for node in gm.graph.find_nodes(op="placeholder")}
     boundary = hoist(gm, sources, requirements)
     mode = meta.fake_mode_of(gm.graph)
@@ -400,7 +446,7 @@ def _take_constant_outputs(gm: fx.GraphModule) -> list[Any]:
 def _as_it_is(gm: fx.GraphModule) -> Compiled:
     """The graph itself, run by torch.
 
-    torch's fakes are wrong on the strides of some results (native_batch_norm_backward), and eager `view`, unlike a compiler, minds.
+    torch's fakes are wrong on the strides of some results (native_batch_norm_backward), and eager ``view`` minds.
     """
     for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
         node.target = aten.reshape.default
@@ -411,7 +457,7 @@ def _as_it_is(gm: fx.GraphModule) -> Compiled:
 def _with_boundary(
     compiled: Compiled, boundary: Boundary, constants: list[Any], limits: list[tuple[int, InputRule]], check: Check
 ) -> Compiled:
-    """``compiled`` between its boundary, in the boxed convention that a nested AOTAutograd backend needs (torch 2.13)."""
+    """``compiled`` in its boundary and boxed, without which a nested AOTAutograd backend fails on torch 2.13."""
     positions = [i for i, value in enumerate(constants) if value is ...]
     dtypes = [boundary.outputs[i] for i in positions]
 
@@ -433,7 +479,7 @@ def _enforce_integer(rule: InputRule, value: int) -> None:
     if not isinstance(value, int) or rule.low is None or rule.high is None or rule.low <= value <= rule.high:
         return
     raise RangeError(
-        f"input {rule.name!r}: the integer {value} is outside [{rule.low}, {rule.high}]: the graph was narrowed to int32",
+        f"input {rule.name!r}: {value} is outside [{rule.low}, {rule.high}]: the graph was narrowed to int32",
         argument=rule.name,
         value=value,
         position=(),

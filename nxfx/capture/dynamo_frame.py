@@ -17,15 +17,15 @@ from nxfx.report.locations import frame_rank
 
 _MODULE_STEP = re.compile(r"""(?:_modules|_parameters|_buffers)\[(['"])(.+?)\1\]""")
 _STEP = re.compile(r"""\[(['"])(?P<key>.+?)\1\]|\[(?P<index>\d+)\]|\.(?P<attribute>\w+)""")
-_RESUMED = re.compile(r"torch_dynamo_resume_in_.*_at_(\d+)$")
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(.*)_at_(\d+)$")
 _BRANCH = "generic_jump"
 
 
 def user_names(graph_module: fx.GraphModule) -> list[tuple[str, Role]]:
     """Per placeholder of a Dynamo graph the user's own name and what it stands for; the names are unique.
 
-    ``L['ids']`` is ``ids``, ``L['batch']['ids'][0]`` is ``batch_ids_0``, a keyword argument that a decorator passes on as
-    ``L['kwargs']['ids']`` is ``ids``, and module tensors have their fully qualified name.
+    ``L['ids']`` is ``ids``, ``L['batch']['ids'][0]`` is ``batch_ids_0``, a keyword argument that a decorator passes on
+    as ``L['kwargs']['ids']`` is ``ids``, and module tensors have their fully qualified name.
     """
     found: list[tuple[str, Role]] = []
     taken: set[str] = set()
@@ -57,7 +57,7 @@ def _name_and_role(text: str, node: fx.Node) -> tuple[str, Role]:
 
 
 def graph_breaks(graph_module: fx.GraphModule, reported: Container[tuple[str, int]]) -> list[Finding]:
-    """NX408 for the break that ended this Dynamo graph, and for the one that it resumes after when nobody has told of it yet.
+    """NX408 for the break that ended this Dynamo graph, and for the one it resumes after if nobody has told it yet.
 
     A break before the first tensor op makes no graph of its own: only the graph that resumes after it can tell.
 
@@ -69,10 +69,10 @@ def graph_breaks(graph_module: fx.GraphModule, reported: Container[tuple[str, in
     found = []
     for frame in stack[:1]:
         resumed = _RESUMED.match(frame.name)
-        if resumed and (frame.filename, int(resumed[1])) not in reported:
-            found.append(_break_at(frame.filename, int(resumed[1]), frame.name, _reason_at(frame.filename, int(resumed[1]))))
+        if resumed and (frame.filename, line := int(resumed[2])) not in reported:
+            found.append(_break_at(frame.filename, line, frame.name, _reason_at(frame.filename, line)))
     if reason is not None and reason.graph_break:
-        frames = sorted(stack, key=lambda f: frame_rank(f.filename))  # stable: the innermost of the user's own comes last
+        frames = sorted(stack, key=lambda f: frame_rank(f.filename))  # stable: the user's own innermost comes last
         frame = frames[-1] if frames else traceback.FrameSummary("", 0, "")
         found.append(_break_at(frame.filename, frame.lineno or 0, frame.name, str(reason.reason)))
     return found
@@ -90,13 +90,23 @@ def _all_reasons() -> Iterator[Any]:
 
 
 def _break_at(file: str, line: int, function: str, reason: str) -> Finding:
-    headline = reason.strip().splitlines()[0].rstrip(".") if reason.strip() else "Dynamo says no more"
-    if headline.startswith(_BRANCH):
-        headline = "Python branches on a tensor's value"
-        fix = "write it with torch.where or torch.cond, or use nxfx.compile(model), whose own capture traces both sides"
-    else:
-        hints = [text.strip().removeprefix("Hint:").strip() for text in reason.splitlines() if text.strip().startswith("Hint:")]
-        fix = hints[0] if hints else "move it out of the compiled function, or use nxfx.compile(model)"
-    message = f"Dynamo ends the graph here and Python takes over on the host: {headline}"
+    why, fix = _in_words(reason)
+    if resumed := _RESUMED.match(function):
+        function = resumed[1]
     location = Location(file, line, linecache.getline(file, line).strip(), "", function)
+    message = f"Dynamo ends the graph here and Python takes over on the host: {why}"
     return Finding("NX408", Severity.WARNING, message, location, "", fix)
+
+
+def _in_words(reason: str) -> tuple[str, str]:
+    """Dynamo's reason as one sentence, and what to write instead."""
+    if reason.startswith(_BRANCH):
+        fix = "write it with torch.where or torch.cond, or use nxfx.compile(model), whose own capture traces both sides"
+        return "it branches on a tensor's value", fix
+    lines = [line.strip() for line in reason.splitlines() if line.strip()] or ["no reason given"]
+    why = next((line.removeprefix("Explanation:") for line in lines if line.startswith("Explanation:")), lines[0])
+    hint = next(
+        (line.removeprefix("Hint:") for line in lines if line.startswith("Hint:")),
+        "move it out of the compiled function",
+    )
+    return why.strip().rstrip("."), hint.strip()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,9 +17,11 @@ from torch import fx
 
 from nxfx.analysis.provenance import Source
 from nxfx.capture import branches, errors, normalise
+from nxfx.capture.frames import whole_traces
 from nxfx.capture.interception import Session, interception
 from nxfx.capture.shell import Convention, Shell, bind, parameter_names
 from nxfx.capture.state import ModuleState, writing_line
+from nxfx.capture.strict import StrictShell, export_strict
 from nxfx.capture.structure import Flat, Path, flatten, leaf_names
 from nxfx.capture.unlift import inputs_to_buffers, unlift
 from nxfx.errors import CaptureError, UsageError
@@ -98,16 +102,21 @@ def capture(
     ranges = _check_ranges(ranges or {}, convention.input_names, positional + list(kwargs), model)
     state = ModuleState(model)
     session = Session()
-    shell = Shell(model, convention, state, lambda: interception(session, training=training))
+    shell: Shell | StrictShell = Shell(model, convention, state, lambda: interception(session, training=training))
     state_example = _state_example(state_inputs, flat, convention.input_names)
     shapes = _flat_dynamic_shapes(dynamic_shapes, flat, positional, convention.input_names)
 
     started = time.perf_counter()
+    captured_by = "non-strict"
     try:
         with _quiet(training):
             program = torch.export.export(shell, tuple(flat.leaves), strict=False, dynamic_shapes=shapes)
     except Exception as error:
-        raise _refusal(error, session, model) from error
+        state.restore()
+        fallback = None if session.sites or shell.slots or training else _strictly(model, convention, flat, shapes, state)
+        if fallback is None:
+            raise _refusal(error, session, model) from error
+        (program, shell), captured_by = fallback, "strict"
     finally:
         state.restore()
     if session.sites:
@@ -140,16 +149,49 @@ def capture(
         session.rewrites,
         session.findings + _state_findings(model, convention),
         {"capture": captured - started, "normalise": done - captured},
+        captured_by,
         state_inputs=inputs_to_buffers(graph_module, sources, state_example, buffers, inputs),
         plain_tensors={slot.name: slot for slot in shell.slots.values()},
     )
 
 
+class _WithoutTorchsGraphs:
+    """stderr, less the graph that torch.export prints when it fails; what the model prints goes through."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        from_export = sys._getframe(1).f_code.co_filename == torch.export._trace.__file__
+        return len(text) if from_export else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextlib.contextmanager
 def _quiet(training: bool) -> Iterator[None]:
-    with warnings.catch_warnings(), contextlib.nullcontext() if training else torch.no_grad():
+    muted = contextlib.redirect_stderr(_WithoutTorchsGraphs(sys.stderr))  # type: ignore[type-var]
+    with muted, whole_traces(), warnings.catch_warnings(), contextlib.nullcontext() if training else torch.no_grad():
         warnings.simplefilter("ignore")
         yield
+
+
+def _strictly(
+    model: torch.nn.Module, convention: Convention, flat: Flat, shapes: Any, state: ModuleState
+) -> tuple[torch.export.ExportedProgram, StrictShell] | None:
+    """Strict export where it takes what non-strict refuses, and leaves the model's Python state alone; else None."""
+    torchs_log = logging.getLogger("torch._dynamo")
+    level = torchs_log.level
+    try:
+        torchs_log.setLevel(logging.CRITICAL)
+        with _quiet(False):
+            program, shell = export_strict(model, convention, tuple(flat.leaves), shapes)
+            return None if state.changes() else (_normal_form(program), shell)
+    except Exception:  # the first refusal is the one to be told
+        return None
+    finally:
+        torchs_log.setLevel(level)
 
 
 def _refusal(error: Exception | None, session: Session, model: torch.nn.Module) -> CaptureError:

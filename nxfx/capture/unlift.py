@@ -9,6 +9,7 @@ from torch import fx
 
 from nxfx.analysis.provenance import Role, Source
 from nxfx.capture.shell import Convention, Shell
+from nxfx.capture.strict import PREFIX, StrictShell
 from nxfx.graph import meta
 from nxfx.graph.builder import NodeBuilder
 
@@ -48,7 +49,7 @@ def own_buffer(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
 
 def unlift(
     program: torch.export.ExportedProgram,
-    shell: Shell,
+    shell: Shell | StrictShell,
     model: torch.nn.Module,
     convention: Convention,
     ranges: dict[str, tuple[int, int]],
@@ -74,7 +75,7 @@ def unlift(
         if target in shell.slots:
             own_buffer(root, name := shell.slots[target].name, value)
         elif kind in roles:
-            name = target
+            name = _own_name(shell, target)
         else:
             own_buffer(root, name := f"{CONSTANTS}.{target.replace('.', '_')}", value)
         with build.before(first, node):
@@ -88,11 +89,16 @@ def unlift(
     return _assemble(root, program.graph_module), sources, buffers, inputs
 
 
+def _own_name(shell: Shell | StrictShell, target: str) -> str:
+    """The model's own name for a parameter or buffer of the shell."""
+    return target.removeprefix(PREFIX) if isinstance(shell, StrictShell) else target
+
+
 def _written(signature: Any) -> set[str]:
     return {str(s.target) for s in signature.output_specs if s.kind.name.endswith("MUTATION")}
 
 
-def _value_of(program: torch.export.ExportedProgram, shell: Shell, target: str) -> torch.Tensor:
+def _value_of(program: torch.export.ExportedProgram, shell: Shell | StrictShell, target: str) -> torch.Tensor:
     module_path, _, leaf = target.rpartition(".")
     try:
         module = shell.get_submodule(module_path)
@@ -107,7 +113,7 @@ def _value_of(program: torch.export.ExportedProgram, shell: Shell, target: str) 
 
 
 def _order_outputs(
-    graph: fx.Graph, signature: Any, shell: Shell, convention: Convention, sources: dict[str, Source]
+    graph: fx.Graph, signature: Any, shell: Shell | StrictShell, convention: Convention, sources: dict[str, Source]
 ) -> tuple[dict[str, int], dict[str, int]]:
     (output,) = graph.find_nodes(op="output")
     values = list(zip(signature.output_specs, output.args[0], strict=True))
@@ -119,7 +125,7 @@ def _order_outputs(
             if spec.kind.name not in kinds:
                 continue
             target = str(spec.target)
-            name = sources[target].name if target in sources else shell.slots[target].name if target in shell.slots else target
+            name = sources[target].name if target in sources else shell.slots[target].name if target in shell.slots else _own_name(shell, target)
             into[name] = len(ordered)
             ordered.append(value)
     output.args = (tuple(ordered),)

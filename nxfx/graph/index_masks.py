@@ -192,7 +192,7 @@ class IndexMasks:
         """An index tensor with its negative elements counted from the end."""
 
         def make() -> fx.Node:
-            negative = self.masks.compare(aten.lt.Scalar, index, 0)
+            negative = self.masks.compare(aten.lt, index, 0)
             shifted = self.masks.build.call(aten.add.Tensor, index, size)
             return self.masks.build.call(aten.where.self, negative, shifted, index)
 
@@ -248,7 +248,7 @@ class IndexMasks:
             ("clamp", number, ramp.count), lambda: build.call(aten.clamp.default, number, 0, ramp.count - 1)
         )
         self.taken = clamped
-        return masks.both(masks.compare(aten.ge.Scalar, number, 0), masks.compare(aten.lt.Scalar, number, ramp.count))
+        return masks.both(masks.compare(aten.ge, number, 0), masks.compare(aten.lt, number, ramp.count))
 
     def _take(self, node: fx.Node, axis: int) -> fx.Node:
         """``node``'s elements at the noted places along ``axis``."""

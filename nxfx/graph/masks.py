@@ -22,26 +22,47 @@ aten = torch.ops.aten
 
 
 class NodeCalculus:
-    """Bounds that are integers or SymInt nodes; arithmetic adds nodes."""
+    """Bounds that are integers, SymInt nodes or nodes of 0-d integer tensors; arithmetic adds nodes."""
 
     def __init__(self, build: NodeBuilder) -> None:
-        self._build = build
+        self._call = build.call
 
     def value(self, bound: Any) -> Any:
+        if meta.is_tensor(bound):
+            return None
         return meta.val(bound) if isinstance(bound, fx.Node) else bound
 
     def add(self, left: Any, right: Any) -> Any:
-        return left + right if is_static(left, right) else self._build.call(operator.add, left, right)
+        if is_static(left, right):
+            return left + right
+        return self._call(aten.add.Tensor if meta.is_tensor(left) else operator.add, left, right)
 
     def minimum(self, left: Any, right: Any) -> Any:
-        return min(left, right) if is_static(left, right) else self._build.call(torch.sym_min, left, right)
+        if is_static(left, right):
+            return min(left, right)
+        return self._call(torch.sym_min, left, right)
 
     def maximum(self, left: Any, right: Any) -> Any:
-        return max(left, right) if is_static(left, right) else self._build.call(torch.sym_max, left, right)
+        if is_static(left, right):
+            return max(left, right)
+        return (
+            self._call(aten.clamp.default, left, right)
+            if meta.is_tensor(left)
+            else self._call(torch.sym_max, left, right)
+        )
 
     def where_negative(self, bound: Any, then: Any, otherwise: Any) -> Any:
-        negative = self._build.call(operator.lt, bound, 0)
-        return self._build.call(torch.sym_ite, negative, then, otherwise)
+        if meta.is_tensor(bound):
+            return self._call(aten.where.self, self._call(aten.lt.Scalar, bound, 0), then, otherwise)
+        return self._call(torch.sym_ite, self._call(operator.lt, bound, 0), then, otherwise)
+
+
+# Arithmetic on SymInts that is the same on int64 tensors.
+_ARITHMETIC: dict[Any, Any] = {
+    operator.add: aten.add.Tensor,
+    operator.sub: aten.sub.Tensor,
+    operator.mul: aten.mul.Tensor,
+}
 
 
 def size_at(node: fx.Node, dim: int) -> Any:
@@ -78,6 +99,22 @@ class MaskBuilder:
             self._shared[key] = make()
         return self._shared[key]
 
+    def elementwise(self, op: Any, *operands: Any, dtype: torch.dtype) -> fx.Node:
+        """``op`` of operands that broadcast. Where all are contiguous so is the result, and its value needs no evaluation."""
+        values = [meta.val(o) for o in operands if isinstance(o, fx.Node)]
+        if not all(is_static(*v.shape) and v.is_contiguous() for v in values):
+            return self.build.call(op, *operands)
+        shape = list(max((v.shape for v in values), key=len))
+        for value in values:
+            for position, size in enumerate(reversed(value.shape)):
+                if shape[-1 - position] == 1:
+                    shape[-1 - position] = size
+        return self.build.known(meta.contiguous(values[0], shape, dtype), op, *operands)
+
+    def select(self, mask: fx.Node, value: fx.Node, base: fx.Node) -> fx.Node:
+        """``value`` where ``mask`` holds, else ``base``; all of one dtype."""
+        return self.elementwise(aten.where.self, mask, value, base, dtype=meta.val(base).dtype)
+
     # --- positions and comparisons ---
 
     def size(self, node: fx.Node, dim: int) -> Any:
@@ -91,25 +128,41 @@ class MaskBuilder:
         """``arange`` over an axis of ``base``; int64 where the size may exceed int32. What it is compared with must fit ``dtype`` too."""
         size, device = self.size(base, axis), meta.val(base).device
         dtype = dtype if is_static(size) and size < 2**31 else torch.int64
-        key = ("positions", size, dtype, device)
-        return self.shared(key, lambda: self.build.call(aten.arange.default, size, dtype=dtype, device=device))
+
+        def make() -> fx.Node:
+            if not is_static(size):
+                return self.build.call(aten.arange.default, size, dtype=dtype, device=device)
+            value = meta.contiguous(meta.val(base), [size], dtype)
+            return self.build.known(value, aten.arange.default, size, dtype=dtype, device=device)
+
+        return self.shared(("positions", size, dtype, device), make)
 
     def compare(self, op: Any, left: fx.Node, right: Any) -> fx.Node:
-        """``op(left, right)`` with a scalar ``right``."""
-        value = meta.retype(meta.val(left), torch.bool)
-        return self.shared(("compare", op, left, right), lambda: self.build.known(value, op, left, right))
+        """``op(left, right)``, one of aten's comparisons, with a number or a 0-d tensor on the right."""
+        exact = op.Tensor if meta.is_tensor(right) else op.Scalar
+
+        def make() -> fx.Node:
+            return self.build.known(meta.retype(meta.val(left), torch.bool), exact, left, right)
+
+        return self.shared(("compare", exact, left, right), make)
 
     def equal(self, left: fx.Node, right: fx.Node) -> fx.Node:
         """Where two integer tensors that broadcast are equal."""
-        return self.shared(("equal", left, right), lambda: self.build.call(aten.eq.Tensor, left, right))
+        return self.shared(
+            ("equal", left, right), lambda: self.elementwise(aten.eq.Tensor, left, right, dtype=torch.bool)
+        )
 
     def both(self, left: fx.Node, right: fx.Node) -> fx.Node:
         """Elementwise and."""
-        return self.shared(("and", left, right), lambda: self.build.call(aten.bitwise_and.Tensor, left, right))
+        return self.shared(
+            ("and", left, right), lambda: self.elementwise(aten.bitwise_and.Tensor, left, right, dtype=torch.bool)
+        )
 
     def either(self, left: fx.Node, right: fx.Node) -> fx.Node:
         """Elementwise or."""
-        return self.shared(("or", left, right), lambda: self.build.call(aten.bitwise_or.Tensor, left, right))
+        return self.shared(
+            ("or", left, right), lambda: self.elementwise(aten.bitwise_or.Tensor, left, right, dtype=torch.bool)
+        )
 
     def negated(self, mask: fx.Node) -> fx.Node:
         """Elementwise not."""
@@ -150,21 +203,21 @@ class MaskBuilder:
         if len(partial) > 1 or not isinstance(shown, Extent) or shown.step > 1:
             return self.negated(mask)
         if shown.start == 0:
-            rest = self.compare(aten.ge.Scalar, self.positions(base, axis), shown.stop)
+            rest = self.compare(aten.ge, self.positions(base, axis), shown.stop)
         elif shown.stop == shown.size:
-            rest = self.compare(aten.lt.Scalar, self.positions(base, axis), shown.start)
+            rest = self.compare(aten.lt, self.positions(base, axis), shown.start)
         else:
             return self.negated(mask)
         return self.align(rest, [axis], meta.val(base).dim())
 
     def _extent_mask(self, positions: fx.Node, extent: Extent) -> fx.Node | None:
         if extent.count == 1 and extent.size > 1:
-            return self.compare(aten.eq.Scalar, positions, extent.start)
+            return self.compare(aten.eq, positions, extent.start)
         masks = []
         if extent.start >= extent.step:
-            masks.append(self.compare(aten.ge.Scalar, positions, extent.start))
+            masks.append(self.compare(aten.ge, positions, extent.start))
         if extent.start + extent.count * extent.step < extent.size:
-            masks.append(self.compare(aten.lt.Scalar, positions, extent.stop))
+            masks.append(self.compare(aten.lt, positions, extent.stop))
         if extent.step > 1:
             masks.append(self._every(positions, extent.start % extent.step, extent.step))
         return self.all_of(masks)
@@ -173,18 +226,22 @@ class MaskBuilder:
         size = self.size(base, axis)
         # A scalar beyond int32 would wrap in a comparison with an int32 tensor.
         positions = self.positions(base, axis, torch.int64)
-        first = wrap_bound(shown.start, size, self.calculus)
+        first = self._from_the_front(shown.start, size)
         if shown.is_select:
-            return self.compare(aten.eq.Scalar, positions, first)
+            return self.compare(aten.eq, positions, first)
         masks = []
         if not self._at_most(first, 0):
-            masks.append(self.compare(aten.ge.Scalar, positions, first))
-        last = size if is_static(shown.end) and shown.end == INT64_MAX else wrap_bound(shown.end, size, self.calculus)
+            masks.append(self.compare(aten.ge, positions, first))
+        last = size if is_static(shown.end) and shown.end == INT64_MAX else self._from_the_front(shown.end, size)
         if not self._at_most(size, last):
-            masks.append(self.compare(aten.lt.Scalar, positions, last))
+            masks.append(self.compare(aten.lt, positions, last))
         if shown.step > 1:
             first = first if self._at_most(0, first) else self.calculus.maximum(first, 0)
-            phase = first % shown.step if is_static(first) else self.build.call(operator.mod, first, shown.step)
+            if is_static(first):
+                phase: Any = first % shown.step
+            else:
+                modulo = aten.remainder.Scalar if meta.is_tensor(first) else operator.mod
+                phase = self.build.call(modulo, first, shown.step)
             masks.append(self._every(positions, phase, shown.step))
         return self.all_of(masks)
 
@@ -193,10 +250,35 @@ class MaskBuilder:
         rest = self.shared(
             ("mod", positions, step), lambda: self.build.known(value, aten.remainder.Scalar, positions, step)
         )
-        return self.compare(aten.eq.Scalar, rest, phase)
+        return self.compare(aten.eq, rest, phase)
 
     def _at_most(self, low: Any, high: Any) -> bool:
-        return is_known(self.calculus.value(low) <= self.calculus.value(high))
+        low, high = self.calculus.value(low), self.calculus.value(high)
+        return low is not None and high is not None and is_known(low <= high)
+
+    def _from_the_front(self, bound: Any, size: Any) -> Any:
+        """A bound counted from the front. One that came from ``.item()`` becomes the tensor that it was taken from."""
+        tensor = self._as_tensor(bound)
+        if tensor is not None and is_known(meta.val(bound) >= 0):
+            return tensor
+        return wrap_bound(bound if tensor is None else tensor, size, self.calculus)
+
+    def _as_tensor(self, bound: Any) -> fx.Node | None:
+        """The 0-d int64 tensor behind a SymInt node made of ``.item()`` calls and arithmetic; None for any other bound."""
+        if not isinstance(bound, fx.Node) or bound.op != "call_function":
+            return None
+        args: Any = bound.args
+        if bound.target in (aten._local_scalar_dense.default, aten.item.default):
+            return self.shared(
+                ("item", args[0]),
+                lambda: self.align(self.build.cast(args[0], torch.int64), [None] * meta.val(args[0]).dim(), 0),
+            )
+        if bound.target not in _ARITHMETIC:
+            return None
+        parts = [a if is_static(a) else self._as_tensor(a) for a in args]
+        if not meta.is_tensor(parts[0]) or None in parts:
+            return None
+        return self.shared(("item", bound), lambda: self.build.call(_ARITHMETIC[bound.target], *parts))
 
     # --- values ---
 
@@ -215,7 +297,13 @@ class MaskBuilder:
         target = [sizes.get(axis, 1) for axis in range(first, rank)]
         if has_shape(node, [self.calculus.value(size) for size in target]):
             return node
-        return self.shared(("align", node, *target), lambda: self.build.call(aten.view.default, node, target))
+        return self.shared(("align", node, *target), lambda: self._viewed(node, target))
+
+    def _viewed(self, node: fx.Node, shape: list[Any]) -> fx.Node:
+        value = meta.val(node)
+        if is_static(*value.shape, *shape) and value.is_contiguous():
+            return self.build.known(meta.contiguous(value, shape, value.dtype), aten.view.default, node, shape)
+        return self.build.call(aten.view.default, node, shape)
 
     def place(
         self,
@@ -237,12 +325,16 @@ class MaskBuilder:
             dim = meta.val(node).dim() - (rank - axis)
             if shown is None or dim < 0 or (not single and is_one(size_at(node, dim))):
                 continue
+            if shown.step > 1:
+                node = self._interleave(node, dim, shown.step, filler)
+            size = self.size(base, axis)
             if isinstance(shown, Extent):
-                node = self._interleave(node, dim, shown, filler) if shown.step > 1 else node
                 first: Any = shown.start
             else:
-                first, _ = slice_bounds(shown.start, shown.end, self.size(base, axis), self.calculus)
-            end, size = self.calculus.add(first, self.size(node, dim)), self.size(base, axis)
+                first, _ = slice_bounds(shown.start, shown.end, size, self.calculus)
+            end = self.calculus.add(first, self.size(node, dim))
+            if is_static(size, end) and end > size:  # the fillers after the last position
+                node, end = self.build.call(aten.slice.Tensor, node, dim, 0, size - first), size
             padding[dim] = first, size - end if is_static(size, end) else self.build.call(operator.sub, size, end)
         return self.pad(node, padding, filler)
 
@@ -251,17 +343,24 @@ class MaskBuilder:
         around = [bound for dim in reversed(range(meta.val(node).dim())) for bound in padding.get(dim, (0, 0))]
         while around and is_static(*around[-2:]) and around[-1] == around[-2] == 0:
             del around[-2:]
-        return self.build.call(aten.constant_pad_nd.default, node, around, filler) if around else node
+        if not around:
+            return node
+        value = meta.val(node)
+        if not is_static(*around, *value.shape) or not value.is_contiguous():
+            return self.build.call(aten.constant_pad_nd.default, node, around, filler)
+        shape = list(value.shape)
+        for position in range(len(around) // 2):
+            shape[-1 - position] += around[2 * position] + around[2 * position + 1]
+        padded = meta.contiguous(value, shape, value.dtype)
+        return self.build.known(padded, aten.constant_pad_nd.default, node, around, filler)
 
-    def _interleave(self, node: fx.Node, dim: int, extent: Extent, filler: Any) -> fx.Node:
-        """``step - 1`` fillers after each position, cut where the axis ends."""
+    def _interleave(self, node: fx.Node, dim: int, step: int, filler: Any) -> fx.Node:
+        """``node`` with ``step - 1`` fillers after each position of ``dim``."""
         deep = self.build.call(aten.unsqueeze.default, node, dim + 1)
-        deep = self.pad(deep, {dim + 1: (0, extent.step - 1)}, filler)
-        if not meta.val(deep).is_contiguous():
+        deep = self.pad(deep, {dim + 1: (0, step - 1)}, filler)
+        value = meta.val(deep)
+        if not is_static(*value.shape) or not value.is_contiguous():
             deep = self.build.call(aten.clone.default, deep, memory_format=torch.contiguous_format)
-        length = extent.count * extent.step
-        rank = meta.val(node).dim()
-        shape = [length if d == dim else self.size(node, d) for d in range(rank)]
-        flat = self.build.call(aten.view.default, deep, shape)
-        room = extent.size - extent.start
-        return flat if length <= room else self.build.call(aten.slice.Tensor, flat, dim, 0, room)
+        shape = [self.size(node, d) for d in range(meta.val(node).dim())]
+        shape[dim] = shape[dim] * step if is_static(shape[dim]) else self.build.call(operator.mul, shape[dim], step)
+        return self._viewed(deep, shape)

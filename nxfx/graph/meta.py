@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 __all__ = ["FakeTensor", "FakeTensorMode", "dtype_of", "evaluate", "fake_mode_of", "inherit", "is_tensor", "move", "retype", "val"]
@@ -55,7 +56,8 @@ def _quiet(mode: FakeTensorMode) -> Iterator[None]:
         if shape_env is None:
             yield
         else:
-            with shape_env.ignore_fresh_unbacked_symbols():
+            # Ops whose kernels take no SymInt (constant_pad_nd) are decomposed by the Python dispatcher.
+            with shape_env.ignore_fresh_unbacked_symbols(), enable_python_dispatcher():
                 yield
 
 
@@ -78,6 +80,12 @@ def retype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         return value.to(dtype)
     meta = torch.empty_strided(value.size(), value.stride(), dtype=dtype, device="meta")
     return FakeTensor(value.fake_mode, meta, value.device)
+
+
+def contiguous(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A new contiguous fake value of a static ``shape``, of the mode and on the device of ``like``."""
+    made = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    return FakeTensor(like.fake_mode, made, like.device) if isinstance(like, FakeTensor) else torch.empty_like(made, device=like.device)
 
 
 def move(value: torch.Tensor, device: torch.device) -> torch.Tensor:

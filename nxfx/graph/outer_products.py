@@ -1,7 +1,7 @@
 """Matrix products that sum over one element, and the broadcast products they are.
 
-``inv_freq[:, None] @ positions[None, :]`` is the usual one. A compiler that runs float32 matrix products in bf16 (neuronx-cc's
-``--auto-cast=matmult``) rounds its operands; the broadcast product computes the same and is left alone.
+``inv_freq[:, None] @ positions[None, :]`` is the usual one. A compiler that runs float32 matrix products in bf16
+(neuronx-cc's ``--auto-cast=matmult``) rounds its operands; the broadcast product computes the same and is left alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PRODUCTS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default, at
 def operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two factors of a matrix product with one term a sum; None for any other."""
     if node.target is aten.einsum.default:
-        return tuple(node.args[1]) if _labels(node) is not None else None  # type: ignore[arg-type,return-value]
+        return tuple(node.args[1]) if _labels(node) is not None else None  # type: ignore[arg-type]
     a, b = node.args[:2]
     if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
         return None

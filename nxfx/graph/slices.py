@@ -1,9 +1,9 @@
 """The one slice normaliser: Python's clamp semantics for every kind of bound.
 
-A bound may be absent, negative, far beyond the end (``INT64_MAX`` stands for "to the end" in ATen), symbolic or a
-tensor. Negative bounds count from the end, once; what is still out of range is clamped, never wrapped: on an axis of
-size 4 the bound -99 is 0 and 99 is 4. The rule is written once, over a :class:`Calculus`, so that integers, SymInts,
-tensors and graph nodes cannot disagree.
+A bound may be absent, negative, far beyond the end (``INT64_MAX`` stands for "to the end" in ATen), symbolic or a tensor.
+Negative bounds count from the end, once; what is still out of range is clamped, never wrapped: on an axis of size 4 the
+bound -99 is 0 and 99 is 4. The rule is written once, over a :class:`Calculus`, so that integers, SymInts, graph nodes and
+tensors cannot disagree.
 
 Private torch API used here: ``torch.fx.experimental.symbolic_shapes.statically_known_true``, tested on torch 2.9 and 2.13.
 """
@@ -107,27 +107,7 @@ class IntegerCalculus:
         return torch.sym_ite(bound < 0, then, otherwise)
 
 
-class TensorCalculus:
-    """Integer tensors with run-time values (0-d or one element), mixed with integers."""
-
-    def value(self, bound: Any) -> Any:
-        return None if isinstance(bound, torch.Tensor) else bound
-
-    def add(self, left: Any, right: Any) -> Any:
-        return left + right
-
-    def minimum(self, left: Any, right: Any) -> Any:
-        return left.clamp(max=right) if isinstance(left, torch.Tensor) else right.clamp(max=left)
-
-    def maximum(self, left: Any, right: Any) -> Any:
-        return left.clamp(min=right) if isinstance(left, torch.Tensor) else right.clamp(min=left)
-
-    def where_negative(self, bound: Any, then: Any, otherwise: Any) -> Any:
-        return torch.where(bound < 0, then, otherwise)
-
-
 INTEGERS = IntegerCalculus()
-TENSORS = TensorCalculus()
 
 
 def wrap_bound(bound: Any, size: Any, calculus: Calculus = INTEGERS) -> Any:

@@ -49,33 +49,69 @@ SYNTAX: dict[str, Advice] = {
     "and-or": Advice("NX401", BRANCH, _LOGIC),
     "not": Advice("NX401", BRANCH, _LOGIC),
     "in": Advice("NX401", BRANCH, "compare as tensors: (x == value).any(), and choose with torch.where"),
-    "assert": Advice("NX407", CHECK, "check the value on the host before the call, or drop the check; shapes may be checked as before"),
+    "assert": Advice(
+        "NX407",
+        CHECK,
+        "check the value on the host before the call, or drop the check; shapes may be checked as before",
+    ),
     "loop": Advice("NX403", SIZE, _FIXED_SIZE),
     "format": Advice("NX402", VALUE, "keep text out of forward: return the tensor and format it outside the model"),
     "write": Advice("NX404", BOUND, "write through a mask: x = torch.where(torch.arange(x.shape[0]) < n, value, x)"),
-    "read": Advice("NX402", VALUE, "a tensor takes a tensor as position, x[t]; of a list make a tensor first: torch.stack(items)[t]"),
-    "slice": Advice("NX404", BOUND, "read all of it and mask what is beyond the bound: torch.where(torch.arange(x.shape[0]) < n, x, 0)"),
+    "read": Advice(
+        "NX402",
+        VALUE,
+        "a tensor takes a tensor as position, x[t]; of a list make a tensor first: torch.stack(items)[t]",
+    ),
+    "slice": Advice(
+        "NX404",
+        BOUND,
+        "read all of it and mask what is beyond the bound: torch.where(torch.arange(x.shape[0]) < n, x, 0)",
+    ),
 }
 CALLS: dict[str, Advice] = {
     "bool": SYNTAX["if"],
     "is_nonzero": SYNTAX["if"],
     "equal": Advice("NX401", BRANCH, "compare without leaving the device: (a == b).all(), and choose with torch.where"),
-    "allclose": Advice("NX401", BRANCH, "compare without leaving the device: torch.isclose(a, b).all(), and choose with torch.where"),
+    "allclose": Advice(
+        "NX401", BRANCH, "compare without leaving the device: torch.isclose(a, b).all(), and choose with torch.where"
+    ),
     **dict.fromkeys(("int", "float", "complex", "item", "index"), Advice("NX402", VALUE, _STAY)),
-    "tolist": Advice("NX402", VALUE, "use the tensor itself: x[indices] takes an index tensor; loop with .unbind(), which gives tensors"),
+    "tolist": Advice(
+        "NX402",
+        VALUE,
+        "use the tensor itself: x[indices] takes an index tensor; loop with .unbind(), which gives tensors",
+    ),
     "range": Advice("NX402", VALUE, _LOOP),
     **dict.fromkeys(("numpy", "array", "asarray", "ascontiguousarray"), Advice("NX402", VALUE, _NUMPY)),
-    **dict.fromkeys(("min", "max", "sorted", "sum"), Advice("NX402", VALUE, "use torch.minimum, torch.maximum, torch.sort or .sum(): they stay on the device")),
+    **dict.fromkeys(
+        ("min", "max", "sorted", "sum"),
+        Advice("NX402", VALUE, "use torch.minimum, torch.maximum, torch.sort or .sum(): they stay on the device"),
+    ),
     **dict.fromkeys(("str", "format", "print", "repr"), SYNTAX["format"]),
     "len": Advice("NX403", SIZE, "count with a tensor: mask.sum(), and compare with torch.where"),
-    **dict.fromkeys(("nonzero", "argwhere", "where"), Advice("NX403", SIZE, "keep the full shape: torch.where(condition, value, 0); or count and rank with cumsum")),
-    "masked_select": Advice("NX403", SIZE, "keep the full shape: torch.where(mask, x, 0), and divide sums by mask.sum()"),
-    **dict.fromkeys(("unique", "unique_consecutive"), Advice("NX403", SIZE, "compute it before the call; or sort and mark where neighbours differ, which keeps the shape")),
+    **dict.fromkeys(
+        ("nonzero", "argwhere", "where"),
+        Advice("NX403", SIZE, "keep the full shape: torch.where(condition, value, 0); or count and rank with cumsum"),
+    ),
+    "masked_select": Advice(
+        "NX403", SIZE, "keep the full shape: torch.where(mask, x, 0), and divide sums by mask.sum()"
+    ),
+    **dict.fromkeys(
+        ("unique", "unique_consecutive"),
+        Advice(
+            "NX403", SIZE, "compute it before the call; or sort and mark where neighbours differ, which keeps the shape"
+        ),
+    ),
     "one_hot": Advice("NX403", SIZE, "say how many classes there are: one_hot(x, num_classes=N)"),
     "bincount": Advice("NX403", SIZE, "count against a fixed range: (x[:, None] == torch.arange(N)).sum(0)"),
-    "repeat_interleave": Advice("NX403", SIZE, "gather with a fixed total N: x[(torch.arange(N)[:, None] >= repeats.cumsum(0)).sum(1)]"),
+    "repeat_interleave": Advice(
+        "NX403", SIZE, "gather with a fixed total N: x[(torch.arange(N)[:, None] >= repeats.cumsum(0)).sum(1)]"
+    ),
     "topk": Advice("NX403", SIZE, "take a fixed maximum k and mask: torch.where(torch.arange(k) < n, values, 0)"),
-    **dict.fromkeys(("split", "tensor_split", "split_with_sizes", "chunk"), Advice("NX403", SIZE, "keep the tensor whole and mask the parts, with bounds from sizes.cumsum(0)")),
+    **dict.fromkeys(
+        ("split", "tensor_split", "split_with_sizes", "chunk"),
+        Advice("NX403", SIZE, "keep the tensor whole and mask the parts, with bounds from sizes.cumsum(0)"),
+    ),
     "narrow": Advice("NX404", BOUND, "take a fixed number from a tensor-valued start: x[start + torch.arange(N)]"),
     "select": Advice("NX404", BOUND, "index with the tensor: x[t]"),
 }
@@ -84,9 +120,13 @@ READ_MASK = Advice("NX403", SIZE, "keep the full shape: torch.where(mask, x, 0),
 WRITE_MASK = Advice("NX403", SIZE, "write through the mask: x = torch.where(mask, value, x)")
 DATA_SIZE = Advice("NX403", SIZE, _FIXED_SIZE)
 DATA_VALUE = Advice("NX402", VALUE, _STAY)
-OPERAND = Advice("NX402", VALUE, "use the 0-d tensor itself: x * t instead of x * t.item() (t.to(x.dtype) where t would promote x)")
+OPERAND = Advice(
+    "NX402", VALUE, "use the 0-d tensor itself: x * t instead of x * t.item() (t.to(x.dtype) where t would promote x)"
+)
 RETURNED = Advice("NX402", VALUE, "return the 0-d tensor and call .item() outside the model")
 UNUSED = Advice("NX402", VALUE, "delete the read: nothing in the graph uses it")
-MULTINOMIAL = Advice("NX405", RANDOM, "draw with Gumbel noise passed in as an input: (probabilities.log() + noise).argmax(-1)")
+MULTINOMIAL = Advice(
+    "NX405", RANDOM, "draw with Gumbel noise passed in as an input: (probabilities.log() + noise).argmax(-1)"
+)
 DROPOUT = Advice("NX405", RANDOM, "for inference call model.eval() before preparing the model; for training leave it")
 DRAW = Advice("NX405", RANDOM, "to compare with a CPU, draw the noise outside and pass it in as an input")

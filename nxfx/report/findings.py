@@ -48,6 +48,7 @@ CODES: dict[str, str] = {
     "NX408": "the captured graph has a graph break",
     "NX409": "the model cannot be captured",
     "NX410": "a higher-order op's body is not rewritten",
+    "NX411": "an op that torch-xla runs on the host",
     # NX5xx Neuron compiler constraints
     "NX501": "an op or dtype that the Neuron compiler refuses",
     # NX6xx masks and infinities

@@ -50,6 +50,7 @@ class Location:
         return asdict(self)
 
 
+@functools.lru_cache(maxsize=4096)
 def frame_rank(file: str) -> int:
     """0 for machinery (torch, nxfx, generated code, the standard library), 1 for an installed library, 2 for the user's own code."""
     if file.startswith(("<", "torch/")):  # torch signs the nodes that it inserts itself with a relative path
@@ -91,7 +92,14 @@ def locate(node: fx.Node) -> Location:
     trace = node.meta.get("stack_trace")
     if trace:
         return locate_trace(trace, module_path(node))
-    for user in node.users:
+    if node.op in ("placeholder", "get_attr"):
+        return _first_use(node)
+    return Location()
+
+
+def _first_use(node: fx.Node) -> Location:
+    """Where an input or a buffer is first used, looking through the casts that passes put right after it."""
+    for user in (*node.users, *(second for user in node.users for second in user.users)):
         if user.meta.get("stack_trace"):
             return locate_trace(user.meta["stack_trace"], module_path(user))
-    return Location()
+    return Location(source=str(node.target))

@@ -22,7 +22,24 @@ from nxfx.report.locations import Location, frame_rank
 
 # What asks a tensor for its value: the likely culprit where a line holds several calls. x.sum() is no sum(x).
 READING_BUILTINS = frozenset(
-    {"bool", "complex", "float", "format", "int", "len", "list", "max", "min", "print", "range", "repr", "sorted", "str", "sum", "tuple"}
+    {
+        "bool",
+        "complex",
+        "float",
+        "format",
+        "int",
+        "len",
+        "list",
+        "max",
+        "min",
+        "print",
+        "range",
+        "repr",
+        "sorted",
+        "str",
+        "sum",
+        "tuple",
+    }
 )
 READING_FUNCTIONS = frozenset({"allclose", "array", "asarray", "equal", "is_nonzero", "item", "numpy", "tolist"})
 _FRAME = re.compile(r'^\s*File "([^"]+)", line (\d+), in (\S+)', re.MULTILINE)
@@ -77,6 +94,10 @@ class Construct:
     def base(self) -> str:
         """The last part of the name."""
         return self.name.rpartition(".")[2]
+
+    def calls(self, name: str) -> bool:
+        """Whether this is a call of ``name``, whatever module it is in, or holds one."""
+        return any(n.rpartition(".")[2] == name for n in (self.name, *self.nested))
 
     @property
     def is_reader(self) -> bool:

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nxfx.report.report import Report
+    from nxfx.report.rewrites import Rewrite
+
+SHOWN_LINES = 3
 
 
 def summary(report: Report) -> str:
@@ -20,15 +23,28 @@ def summary(report: Report) -> str:
     return f"{made} rewrites; {found or 'no findings'}"
 
 
+def _rewrites(rewrites: list[Rewrite]) -> list[str]:
+    """Equal changes together, with the first lines they were made at; the rest is in ``to_dict``."""
+    groups: dict[tuple[str, ...], list[Rewrite]] = {}
+    for r in rewrites:
+        groups.setdefault((r.kind.value, r.rule, r.before, r.after, r.bound), []).append(r)
+    lines = []
+    for (kind, rule, before, after, bound), group in groups.items():
+        count = sum(r.count for r in group)
+        lines.append(f"  {kind:<12} {rule}{f' ×{count}' if count > 1 else ''}: {before} → {after}" + (f" [{bound}]" if bound else ""))
+        for r in group[:SHOWN_LINES]:
+            lines.append(f"               {r.location}" + (f": {r.location.source}" if r.location.source else ""))
+        if len(group) > SHOWN_LINES:
+            lines.append(f"               and {len(group) - SHOWN_LINES} more lines")
+    return lines
+
+
 def render(report: Report) -> str:
     """Rewrites and findings, each with its code, file:line and source text."""
     lines = [f"nxfx report · target {report.target}: {report.summary()}"]
     if report.rewrites:
         lines.append("\nRewrites")
-    for r in report.rewrites:
-        times = f" ×{r.count}" if r.count > 1 else ""
-        lines.append(f"  {r.kind.value:<12} {r.rule}{times}: {r.before} → {r.after}" + (f" [{r.bound}]" if r.bound else ""))
-        lines.append(f"               {r.location}" + (f": {r.location.source}" if r.location.source else ""))
+    lines += _rewrites(report.rewrites)
     if report.findings:
         lines.append("\nFindings")
     for f in report.findings:

@@ -12,16 +12,18 @@ from nxfx.prepared import CapturedCall, PreparedModule
 from nxfx.targets import Target
 
 
-def compile(model: torch.nn.Module, *, inner: str | Inner | None = None, target: str | Target = "trn2", **prepare_options: Any) -> PreparedModule:
+def compile(
+    model: torch.nn.Module, *, inner: str | Inner | None = None, target: str | Target = "trn2", **prepare_options: Any
+) -> PreparedModule:
     """``model`` captured and cleaned by nxfx and compiled by ``inner``; called like the model.
 
-    Unlike ``torch.compile(model, backend="nxfx")``, where Dynamo captures, this keeps what nxfx's capture can do: tensor bounds become
-    masks, and the graph is one.
+    Unlike ``torch.compile(model, backend="nxfx")``, where Dynamo captures, this has what nxfx's own capture can do:
+    tensor bounds become masks, and the graph is one.
 
     Args:
         model: any ``nn.Module``.
-        inner: the name of a ``torch.compile`` backend, or ``compiler(graph_module, example_inputs)``. Default: ``"neuron"`` where it is
-            registered; else the cleaned graph runs as it is.
+        inner: the name of a ``torch.compile`` backend, or ``compiler(graph_module, example_inputs)``. Default:
+            ``"neuron"`` where it is registered; else the cleaned graph runs as it is.
         target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``.
         prepare_options: everything else that :func:`nxfx.prepare` takes.
 
@@ -46,6 +48,6 @@ def compile(model: torch.nn.Module, *, inner: str | Inner | None = None, target:
 
 
 def _compiled(call: CapturedCall, backend: Inner) -> Any:
-    # By way of Dynamo, not by calling the backend: its guards see a weight that is replaced, and sizes that are dynamic.
+    # By way of Dynamo, not by calling the backend: its guards see a weight that is replaced, and dynamic sizes.
     dynamic = any(not isinstance(size, int) for value in call.placeholders for size in value.shape)
     return torch.compile(call.graph_module, backend=backend, dynamic=None if dynamic else False)

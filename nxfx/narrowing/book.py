@@ -14,7 +14,7 @@ from nxfx.graph.builder import NodeBuilder, refresh
 aten = torch.ops.aten
 
 
-class Narrowing:
+class Book:
     """Turns nodes of dtype ``wide`` into nodes of dtype ``narrow``, keeping every consumer's operands consistent.
 
     A value is narrow either in place (the op itself now gives the narrow dtype) or by a cast right after its producer, which is made

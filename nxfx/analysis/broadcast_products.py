@@ -1,0 +1,55 @@
+"""Which matrix products with one term a sum are worth turning into broadcast products, and what that promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis import dtype_rules
+from nxfx.analysis.finiteness import Finiteness
+from nxfx.analysis.float_ops import Family, dtype_of
+from nxfx.analysis.integer_origin import IntegerOrigins
+from nxfx.analysis.intervals import fits
+from nxfx.analysis.provenance import Premise, Source
+
+
+def worth_spreading(origins: IntegerOrigins) -> list[fx.Node]:
+    """Products of integer-derived values, other than those of integers that bf16 holds exactly."""
+    limit = dtype_rules.exact_integer(torch.bfloat16)
+    found = []
+    for node, member in origins.members.items():
+        if member.family is Family.OUTER and member.integer:
+            exact = [origins.exact.of(v) for v in member.values]
+            if not all(e is not None and fits(e, (-limit, limit)) for e in exact):
+                found.append(node)
+    return found
+
+
+def bit_equal(node: fx.Node, origins: IntegerOrigins, sources: Mapping[str, Source]) -> list[Premise] | None:
+    """The premises under which the broadcast product equals ``node`` bit for bit; None when it need not.
+
+    Matrix kernels give ``-1 * 0`` either sign as they please, and those for bf16 flush subnormal numbers: measured on
+    torch 2.9 and 2.13, CPU, where shapes decide. Without signs, and in float32, nothing is left to chance.
+    """
+    if dtype_of(node) not in (torch.float32, torch.float64):
+        return None
+    premises: list[Premise] = []
+    for value in origins.members[node].values:
+        found = _unsigned(value, origins, sources)
+        if found is None:
+            return None
+        premises += found
+    return premises
+
+
+def _unsigned(value: Any, origins: IntegerOrigins, sources: Mapping[str, Source]) -> list[Premise] | None:
+    node = value
+    while (member := origins.of(node)) is not None and member.family in (Family.CAST, Family.MOVE):
+        (node,) = member.values
+    if dtype_rules.is_integral(dtype_of(node)):
+        return [] if origins.exact.bounds(node)[0][0] >= 0 else None
+    facts = Finiteness(sources)
+    return facts.premises(value) if facts.of(value).non_negative and facts.of(value).finite else None

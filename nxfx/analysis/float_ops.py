@@ -1,0 +1,159 @@
+"""What ops do to float values, as far as the precision of integer-derived ones depends on it."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis.intervals import arg
+from nxfx.analysis.range_rules import PRESERVING_VIEWS, SELECTIONS, overloads
+from nxfx.graph import meta, outer_products
+
+aten = torch.ops.aten
+
+
+class Family(Enum):
+    """How an op treats the values it reads."""
+
+    CAST = "converts one value"
+    MOVE = "rearranges one value"
+    SELECT = "picks among values or changes their sign: rounding before it is the same as rounding after it"
+    COMPUTE = "arithmetic"
+    OUTER = "a matrix product that sums over one element"
+    FACTORY = "makes a constant"
+    COMPARE = "a truth value"
+
+
+# Sequences of numbers, sums, and constants filled with one number (and where that number stands).
+SEQUENCES = frozenset(overloads("arange", "linspace", "logspace"))
+SUMS = frozenset(overloads("sum", "cumsum"))
+FILLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
+
+# Ops that look values up: of a parameter (an embedding table) they make an activation.
+LOOKUPS = frozenset(
+    overloads("embedding", "index", "_unsafe_index", "index_select", "gather", "take", "take_along_dim")
+)
+
+# Ops that turn a small error of their operand into a large one: angles (rotary and sinusoidal embeddings), exponents
+# (frequencies, decays), prefix sums (positions), and steps (buckets, indices).
+PERIODIC = frozenset(overloads("sin", "cos", "tan", "sinc"))
+SENSITIVE = (
+    PERIODIC
+    | frozenset(overloads("exp", "exp2", "expm1", "cumsum", "cumprod", "remainder", "fmod", "frac"))
+    | frozenset(overloads("floor", "ceil", "round", "trunc", "floor_divide"))
+    | {aten.pow.Scalar, aten.pow.Tensor_Tensor, aten.div.Tensor_mode, aten.div.Scalar_mode}
+)
+
+# Nodes that ask for a value's metadata only.
+METADATA = frozenset(
+    [aten._assert_tensor_metadata.default, *overloads("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")]
+)
+
+_CASTS = [aten._to_copy.default, aten.copy.default, aten.type_as.default, torch.ops.prims.convert_element_type.default]
+_SEVERAL_RESULTS = frozenset(overloads("sort", "cummax", "cummin"))
+_ARITHMETIC = overloads(
+    "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "pow", "sqrt", "rsqrt", "square", "reciprocal",
+    "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "sinc", "asin", "acos", "atan",
+    "atan2", "sinh", "cosh", "tanh", "sigmoid", "erf", "floor", "ceil", "trunc", "round", "frac", "sign", "fmod",
+    "remainder", "hypot", "lerp", "addcmul", "addcdiv", "deg2rad", "rad2deg", "sum", "mean", "prod", "cumsum",
+    "cumprod", "outer", "ger",
+)  # fmt: skip
+_FIRST_ONLY = frozenset(overloads("sum", "mean", "prod", "cumsum", "cumprod", "round"))
+_CONSTANTS = overloads("zeros", "ones", "eye", "zeros_like", "ones_like", "new_zeros", "new_ones")
+# Where the values stand that a SELECT op picks from; every argument when it is not listed.
+_PICKED: dict[Any, tuple[int, ...]] = {
+    **dict.fromkeys(overloads("where"), (1, 2)),
+    **dict.fromkeys(overloads("masked_fill", "index_put", "constant_pad_nd"), (0, 2)),
+    **dict.fromkeys(overloads("slice_scatter", "select_scatter", "diagonal_scatter", "fill"), (0, 1)),
+    **dict.fromkeys(overloads("cat", "stack", "neg", "abs", "relu", "tril", "triu"), (0,)),
+    **dict.fromkeys([aten.scatter.src, aten.scatter.value], (0, 3)),
+}
+_EXTREMA = [*overloads("minimum", "maximum", "clamp", "clamp_min", "clamp_max"), aten.max.other, aten.min.other]
+
+FAMILIES: dict[Any, Family] = {
+    **dict.fromkeys(_CASTS, Family.CAST),
+    **dict.fromkeys([*PRESERVING_VIEWS, *SELECTIONS, *overloads("repeat_interleave"), operator.getitem], Family.MOVE),
+    **dict.fromkeys([*_PICKED, *_EXTREMA], Family.SELECT),
+    **dict.fromkeys(_ARITHMETIC, Family.COMPUTE),
+    **dict.fromkeys(outer_products.PRODUCTS, Family.OUTER),
+    **dict.fromkeys([*SEQUENCES, *FILLS, *_CONSTANTS], Family.FACTORY),
+    **dict.fromkeys(overloads("eq", "ne", "lt", "le", "gt", "ge"), Family.COMPARE),
+}
+for _target in _SEVERAL_RESULTS:
+    FAMILIES.pop(_target, None)
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a tensor node, or of the first output of a multi-output one."""
+    value = node.meta.get("val")
+    if type(value) is not meta.FakeTensor:
+        if isinstance(value, (list, tuple)) and value:
+            value = value[0]
+        if not isinstance(value, torch.Tensor):
+            return None
+    dtype: torch.dtype = value.dtype
+    return dtype
+
+
+def op_name(node: fx.Node) -> str:
+    """The op's name without its overload, e.g. ``"mul"``."""
+    return str(getattr(node.target, "__name__", node.target)).split(".")[0]
+
+
+def values_of(node: fx.Node, family: Family) -> tuple[Any, ...]:
+    """The operands whose values ``node`` is made of: nodes and numbers. Masks, indices, sizes and dims are none."""
+    args = node.args
+    if family is Family.FACTORY:
+        fill = fill_of(node)
+        return (fill,) if isinstance(fill, fx.Node) else ()
+    if family is Family.MOVE or node.target in _FIRST_ONLY:
+        return args[:1]
+    if family is Family.CAST:
+        return args[1:2] if node.target is aten.copy.default else args[:1]
+    if family is Family.OUTER:
+        return outer_products.operands(node) or ()
+    if node.target in _PICKED:
+        return tuple(_flat(args[p] for p in _PICKED[node.target] if p < len(args)))
+    named = (v for k, v in node.kwargs.items() if k in ("min", "max", "other", "value", "weight"))
+    return tuple(_flat((*args, *named)))
+
+
+def _flat(arguments: Any) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            yield from _flat(argument)
+        elif argument is not None:
+            yield argument
+
+
+def fill_of(node: fx.Node) -> Any:
+    """The number (or node) that a constant is filled with, None for anything else."""
+    return arg(node, FILLS[node.target], "fill_value") if node.target in FILLS else None
+
+
+def is_complement(node: fx.Node) -> bool:
+    """``1 - x``."""
+    name = op_name(node)
+    if name not in ("sub", "rsub"):
+        return False
+    a, b = arg(node, 0, "self"), arg(node, 1, "other")
+    one, other = (b, a) if name == "rsub" else (a, b)
+    return isinstance(one, (int, float)) and one == 1 and isinstance(other, fx.Node) and arg(node, 2, "alpha", 1) == 1
+
+
+def compares_with_small(node: fx.Node) -> bool:
+    """A comparison with a number so small that the rounding of large integers cannot change it."""
+    other = arg(node, 1, "other")
+    return FAMILIES.get(node.target) is Family.COMPARE and isinstance(other, (int, float)) and abs(other) <= 4
+
+
+@functools.lru_cache(maxsize=1024)
+def representable(number: float, dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` holds ``number`` exactly (nan counts)."""
+    return number != number or float(torch.tensor(number, dtype=torch.float64).to(dtype)) == number
