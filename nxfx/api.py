@@ -12,7 +12,9 @@ import torch
 from nxfx import reproducer
 from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, hoist
-from nxfx.capture.export import Capture, capture
+from nxfx.capture.export import Capture, capture, without_autocast
+from nxfx.capture.state import ModuleState
+from nxfx.capture.structure import flatten
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
 from nxfx.pipeline import PassContext, Pipeline, PipelineResult
 from nxfx.prepared import CapturedCall, PreparedModule
@@ -78,7 +80,8 @@ def prepare(
             return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, ranges=ranges, training=training, state_inputs=state_inputs)
 
         found = take()
-        boundary, report = _clean(found, take, pipeline, target, training, verify_each, observer)
+        with without_autocast():
+            boundary, report = _clean(found, take, pipeline, target, training, verify_each, observer)
         call = CapturedCall(model, found, boundary, report, check=check, training=training)
         if strict and call.report.errors:
             raise PrepareError(f"{len(call.report.errors)} error findings\n{call.report}", call.report)
@@ -176,17 +179,27 @@ def _reproduce(error: PassError, again: Callable[[], Capture], pipeline: Pipelin
 
 
 def _verify(model: torch.nn.Module, prepared: PreparedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Eager against prepared, on copies of the example and of the model's state."""
+    """Eager against prepared on copies of the example; the model's state is put back.
+
+    Structure, dtypes, shapes, integers and the places of nan and infinity must agree. Floats must be close: library code may take
+    another path while it is traced. Where a rewrite refines, eager is the less exact side and only gross differences count.
+    """
     from nxfx.verification.equivalence import compare
 
     report = prepared.report
     refines = any(r.kind.value != "exact" for r in report.rewrites)
-    twin = copy.deepcopy(model)
+    twin, state = copy.deepcopy(model), ModuleState(model)
+    held = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers(), *(s.tensor for s in state.slots()))]
     with torch.no_grad():
         expected = twin(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-    state = copy.deepcopy(model.state_dict())
-    actual = prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-    model.load_state_dict(state)
-    outcome = compare(expected, actual, kind="refines" if refines else "exact")
+        actual = prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        floats = [t for t in flatten(expected).leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
+        scale = max((float(t[torch.isfinite(t)].abs().max()) for t in floats if torch.isfinite(t).any()), default=1.0)
+        epsilon = max((torch.finfo(t.dtype).eps for t in floats), default=0.0)
+        outcome = compare(expected, actual, kind="close", max_abs=max(scale, 1.0) * (2.0 if refines else 2**6 * epsilon))
+        state.restore()
+        for tensor, was in held:
+            if not torch.equal(tensor, was):
+                tensor.copy_(was)
     if not outcome.ok:
         raise PrepareError("the prepared model differs from the model on the example:\n" + "\n".join(outcome.mismatches), report)

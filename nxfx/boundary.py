@@ -22,6 +22,13 @@ aten = torch.ops.aten
 Check = Literal["always", "first", "never"]
 
 
+_UNORDERED = (torch.uint16, torch.uint32, torch.uint64)  # no min and max kernels
+
+
+def _comparable(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to(torch.int64) if value.dtype in _UNORDERED else value.detach()
+
+
 @dataclass
 class InputRule:
     """What happens to one input.
@@ -50,15 +57,17 @@ class InputRule:
             return
         if isinstance(value, meta.FakeTensor) or (self.checked and (check == "first" or value.device.type != "cpu")):
             return
-        low, high = torch.aminmax(value.detach())
+        low, high = torch.aminmax(_comparable(value))
         if int(low) < self.low or int(high) > self.high:
             self._refuse(value)
         self.checked = True
 
     def _refuse(self, value: torch.Tensor) -> None:
         assert self.low is not None and self.high is not None
-        flat = value.detach().reshape(-1)
-        flat_position = int(((flat < self.low) | (flat > self.high)).nonzero()[0])
+        flat, bounds = value.detach().reshape(-1), torch.iinfo(torch.int64)
+        wide = flat.to(torch.int64)  # a uint8 compares with -5 as if it were 251
+        low = max(self.low, bounds.min if value.dtype.is_signed or value.dtype == torch.bool else 0)
+        flat_position = int(((wide < low) | (wide > min(self.high, bounds.max))).nonzero()[0])
         position = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_position), value.shape)) if value.dim() else ()
         found = flat[flat_position].item()
         hint = {
@@ -188,7 +197,8 @@ def _narrow_source(graph: fx.Graph, node: fx.Node) -> bool:
         return False
     if not all(_is_boundary_cast(user, narrow(dtype)) for user in node.users):
         return False
-    node.meta["val"] = meta.retype(meta.val(node), narrow(dtype))
+    casts = [meta.val(user) for user in node.users]  # what the caller's cast makes: its strides are not the input's
+    node.meta["val"] = casts[0] if casts else meta.retype(meta.val(node), narrow(dtype))
     node.meta.pop("tensor_meta", None)
     for user in list(node.users):
         user.replace_all_uses_with(node)

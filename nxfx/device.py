@@ -23,6 +23,12 @@ def devices_of(graph_module: fx.GraphModule) -> set[torch.device]:
     return found
 
 
+def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, (list, tuple)):  # topk, split ...
+        return type(value)([_moved(v, device) for v in value])
+    return meta.move(value, device) if isinstance(value, meta.FakeTensor) and value.device != device else value
+
+
 def retarget(graph_module: fx.GraphModule, device: torch.device) -> bool:
     """Rewrite every device that the graph names to ``device``; says whether anything changed."""
     changed = False
@@ -38,9 +44,8 @@ def retarget(graph_module: fx.GraphModule, device: torch.device) -> bool:
             if any(isinstance(v, torch.device) and v != device for v in (*node.args, *node.kwargs.values())):
                 node.args, node.kwargs = fx.node.map_aggregate(node.args, swap), fx.node.map_aggregate(dict(node.kwargs), swap)
                 touched = True
-            value = meta.val(node)
-            if isinstance(value, meta.FakeTensor) and value.device != device:
-                node.meta["val"] = meta.move(value, device)
+            if "val" in node.meta:
+                node.meta["val"] = _moved(node.meta["val"], device)
         if touched:
             scope.graph_module.recompile()
             changed = True

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar
 
 from torch import fx
@@ -114,9 +114,25 @@ def available_passes() -> dict[str, type[Pass]]:
 
     found: dict[str, type[Pass]] = {cls.name: cls for cls in DEFAULT_ORDER}
     for entry in entry_points(group=ENTRY_POINT_GROUP):
-        cls = entry.load()
-        found.setdefault(cls.name, cls)
+        cls = _load(entry)
+        if found.setdefault(cls.name, cls) is not cls:
+            raise UsageError(f"two passes are called {cls.name!r}: {_path(found[cls.name])} and {_path(cls)}")
     return found
+
+
+def _load(entry: EntryPoint) -> type[Pass]:
+    try:
+        cls = entry.load()
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UsageError(f"the pass {entry.name!r} ({entry.value}) cannot be loaded: {why}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Pass) and isinstance(getattr(cls, "name", None), str)):
+        raise UsageError(f"the pass {entry.name!r} ({entry.value}) is not a subclass of nxfx.Pass with a name")
+    return cls
+
+
+def _path(cls: type[Pass]) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _pass_class(name: str) -> type[Pass]:
@@ -136,11 +152,19 @@ def _with_options(step: Pass, changes: Mapping[str, Any]) -> Pass:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" It has: {', '.join(known) or 'none'}."
             raise UsageError(f"pass {step.name!r} has no option {key!r}.{hint}")
-        values[key] = _parse(step.name, known[key], value) if isinstance(value, str) else value
+        read = _parse if isinstance(value, str) else _checked
+        values[key] = read(step.name, known[key], value)
     try:
         return type(step)(dataclasses.replace(step.options, **values))
     except (TypeError, ValueError) as error:
         raise UsageError(f"pass {step.name!r}: {error}") from None
+
+
+def _checked(pass_name: str, spec: dataclasses.Field[Any], value: Any) -> Any:
+    wanted = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}.get(type(spec.default))
+    if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted)):
+        raise UsageError(f"pass {pass_name!r}: option {spec.name!r} wants {type(spec.default).__name__}, not {value!r}")
+    return value
 
 
 def _parse(pass_name: str, spec: dataclasses.Field[Any], text: str) -> Any:
@@ -244,6 +268,8 @@ class Pipeline:
                 key, separator, value = item.partition("=")
                 if not separator:
                     raise UsageError(f"pass {name!r}: write option=value, not {item!r}")
+                if key.strip() in changes:
+                    raise UsageError(f"pass {name!r}: option {key.strip()!r} is given twice")
                 changes[key.strip()] = value.strip()
             pipeline.append(_with_options(_pass_class(name)(), changes))
         return cls(pipeline)
@@ -337,9 +363,10 @@ class Pipeline:
         """
         result = PipelineResult()
         scopes = list(walk.scopes(graph_module))
-        contract = invariants.contract_of(graph_module)
+        contracts = [invariants.contract_of(s.graph_module) for s in scopes]
         for step in self.steps:
             run = PassRun(step.name, nodes_before=sum(len(s.graph_module.graph.nodes) for s in scopes))
+            drawn = [invariants.drawing(s.graph_module) for s in scopes] if verify_each else []
             started = time.perf_counter()
             for scope in scopes:
                 if not step.wanted(scope.graph_module.graph):
@@ -355,7 +382,9 @@ class Pipeline:
             run.nodes_after = sum(len(s.graph_module.graph.nodes) for s in scopes)
             result.runs.append(run)
             if verify_each and run.changed:
-                _verify(step, scopes, contract)
+                _verify(step, scopes, contracts)
+            elif verify_each and drawn != [invariants.drawing(s.graph_module) for s in scopes]:
+                raise PassError(f"pass {step.name!r} edited the graph and reported no change", pass_name=step.name)
             if observer is not None:
                 observer(step, graph_module, run)
         if finish is not None:
@@ -383,13 +412,16 @@ def _run_one(step: Pass, scope: walk.Scope, context: PassContext) -> PassResult:
         ) from error
 
 
-def _verify(step: Pass, scopes: list[walk.Scope], contract: invariants.Contract) -> None:
-    for scope in scopes:
-        broken = invariants.check(scope.graph_module, None if scope.is_body else contract)
+def _verify(step: Pass, scopes: list[walk.Scope], contracts: list[invariants.Contract]) -> None:
+    for scope, contract in zip(scopes, contracts, strict=True):
+        broken = invariants.check(scope.graph_module, contract)
         if broken:
             first = broken[0]
+            node = next((n for n in scope.graph_module.graph.nodes if n.name == first.node), None)
+            where = f" at {locate(node)}: {locate(node).source}" if node is not None and locate(node).file else ""
+            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
             raise PassError(
-                f"pass {step.name!r} broke an invariant: {first}" + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""),
+                f"pass {step.name!r} broke an invariant: {first}{where}{more}",
                 pass_name=step.name,
                 node=first.node,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,6 +10,9 @@ import torch
 from nxfx.analysis.provenance import Premise
 from nxfx.errors import PrepareError
 from nxfx.graph.meta import FakeTensor
+
+
+_NEVER = itertools.count(1)
 
 
 def check_premises(
@@ -22,7 +26,7 @@ def check_premises(
     fresh: dict[str, tuple[int, int]] = {}
     for premise in premises:
         tensor = tensor_of(premise.source)
-        stamp = (id(tensor), tensor._version)
+        stamp = stamp_of(tensor)
         if stamps.get(premise.source) == stamp:
             continue
         if premise.source in stamps and not holds(premise, tensor):
@@ -32,6 +36,11 @@ def check_premises(
             )
         fresh[premise.source] = stamp
     stamps.update(fresh)
+
+
+def stamp_of(tensor: torch.Tensor) -> tuple[int, int]:
+    """Equal while the tensor is the same object with the same content; inference tensors do not count versions, so never."""
+    return (id(tensor), tensor._version) if not tensor.is_inference() else (id(tensor), -next(_NEVER))
 
 
 def holds(premise: Premise, tensor: torch.Tensor) -> bool:

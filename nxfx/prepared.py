@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
 import types
@@ -16,13 +17,15 @@ from torch import fx
 from nxfx import device as devices
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral, narrow
 from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard
-from nxfx.capture.export import Capture
+from nxfx.capture.export import Capture, autocast_state, without_autocast
 from nxfx.capture.shell import Assigned, bind
+from nxfx.capture.standing import Standing
 from nxfx.capture.structure import Flat, at, flatten, unflatten, update
 from nxfx.capture.unlift import CONSTANTS, STATE, own_buffer
-from nxfx.errors import PrepareError
+from nxfx.errors import CaptureError, PrepareError
 from nxfx.graph import meta
-from nxfx.premises import check_premises
+from nxfx.layouts import InputLayouts, overlap
+from nxfx.premises import check_premises, stamp_of
 from nxfx.report import Report
 
 
@@ -48,16 +51,6 @@ class Signature:
             f"{str(d).removeprefix('torch.')}[{', '.join('*' if s is None else str(s) for s in shape)}]" for d, shape, _ in self.tensors
         )
         return f"({tensors}){' training' if self.training else ''}"
-
-
-def _autocast_state() -> tuple[str, torch.dtype] | None:
-    for device_type in ("cpu", "cuda", "xla"):
-        try:
-            if torch.is_autocast_enabled(device_type):
-                return device_type, torch.get_autocast_dtype(device_type)
-        except RuntimeError:  # this build of torch has no autocast for the device
-            continue
-    return None
 
 
 class CapturedCall:
@@ -95,8 +88,13 @@ class CapturedCall:
         owners = {name.rpartition(".")[0] for name in (*boundary.narrowed_buffers, *self.plain)}
         modules = dict(model.named_modules())
         self._owners = [path for path in owners if path in modules]
+        self.standing = self._stand()
         self._sync()
         self.example_inputs = tuple(boundary.admit([capture.example_inputs[i] for i in self._passed], check))
+        self.layouts = InputLayouts(self.graph_module, self.example_inputs)
+
+    def _stand(self) -> Standing:
+        return Standing(self.model, [(id(c.holder.container), c.key) for c in self.convention.state_changes])
 
     # -- the model's tensors ------------------------------------------------------------------------------------------------
 
@@ -104,10 +102,12 @@ class CapturedCall:
         if name in self.plain:
             tensor: torch.Tensor = self.plain[name].tensor
             return tensor
-        try:
-            return self.model.get_buffer(name)
-        except AttributeError:
-            return self.graph_module.get_buffer(name)  # a constant that capture lifted
+        for root in (self.model, self.graph_module):  # the graph holds constants that capture lifted
+            try:
+                return root.get_buffer(name)
+            except AttributeError:
+                continue
+        return self.model.get_parameter(name)  # one that forward writes
 
     def _sync(self) -> None:
         """Bring the graph's own copies up to date with the model's: plain tensors by identity, 32-bit twins by version."""
@@ -118,7 +118,7 @@ class CapturedCall:
                 own_buffer(self.graph_module, name, tensor)
         for name in self.boundary.narrowed_buffers:
             wide = self._model_buffer(name)
-            stamp = (id(wide), wide._version)
+            stamp = stamp_of(wide)
             if self._twins.get(name) == stamp:
                 continue
             twin = self.graph_module.get_buffer(name)
@@ -126,7 +126,8 @@ class CapturedCall:
                 continue
             if is_integral(wide.dtype):
                 InputRule(name, twin.dtype, *integer_bounds(twin.dtype), "int32").enforce(wide, "always")
-            fresh = wide.to(twin.dtype)
+            with torch.inference_mode(False):  # the twin outlives this call
+                fresh = wide.to(twin.dtype)
             if twin.shape == fresh.shape and twin.device == fresh.device:
                 with torch.no_grad():
                     twin.copy_(fresh)
@@ -147,29 +148,54 @@ class CapturedCall:
 
     def holds(self) -> bool:
         """Whether the model's Python state still is what the capture rests on."""
-        return all(guard.holds() for guard in self.convention.state_guards) and all(
-            self._plain_fits(name) for name in self.plain
+        return (
+            self.standing.holds()
+            and all(guard.holds() for guard in self.convention.state_guards)
+            and all(self._plain_fits(name) for name in self.plain)
+            and len({id(slot.tensor) for slot in self.plain.values()}) == len(self.plain)
         )
 
     def _plain_fits(self, name: str) -> bool:
         slot = self.plain[name]
         value = slot.holder.now().get(slot.key)
         was = slot.holder.content[slot.key]
-        return isinstance(value, torch.Tensor) and value.dtype == was.dtype and value.shape == was.shape
+        same = isinstance(value, torch.Tensor) and value.dtype == was.dtype and value.shape == was.shape
+        return same and all(holder.now().get(key) is value for holder, key in slot.aliases)
 
     def __call__(self, flat: Flat, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         passed = [flat.leaves[i] for i in self._passed]
         self.shapes.enforce(passed, [rule.name for rule in self.boundary.inputs])
         admitted = self.boundary.admit(passed, self.check)
+        self._refuse_overlaps(flat.leaves)
         self._sync()
         self._load_state(flat.leaves)
         run = self.graph_module if self.compiled is None else self.compiled
-        if self.training:
-            results = run(*admitted)
-        else:
-            with torch.no_grad():
-                results = run(*admitted)
+        # Autocast is in the graph; around it, it would cast once more what the model keeps out of it.
+        with without_autocast(), contextlib.nullcontext() if self.training else torch.no_grad():
+            results = run(*self.layouts.arrange(admitted))
         return self._conclude(self.boundary.restore(results), flat.leaves, arguments)
+
+    def _refuse_overlaps(self, leaves: list[Any]) -> None:
+        """A write through one of two tensors that share memory shows in the other; the functional graph has no such thing."""
+        names = self.convention.input_names
+        state = [n for n, buffer in self.state_inputs.items() if buffer in self.mutated_buffers]
+        inputs = {n: leaves[names.index(n)] for n in (*self.mutated_inputs, *state)}
+        buffers = [(n, self._model_buffer(n)) for n in self.mutated_buffers if n not in self.state_inputs.values()]
+        if not inputs and not (buffers and leaves):
+            return
+        given = [(n, t) for n, t in zip(names, leaves, strict=True) if isinstance(t, torch.Tensor) and not t.is_meta and t.numel()]
+        owned = [*self.model.named_parameters(), *self.model.named_buffers(), *((n, self._model_buffer(n)) for n in self.plain)]
+        by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        for name, tensor in given:
+            by_storage.setdefault(tensor.untyped_storage()._cdata, []).append((name, tensor))
+        pairs = [(n, t, other) for n, t in inputs.items() for other in by_storage.get(t.untyped_storage()._cdata, ()) if other[1] is not t]
+        for name, tensor in owned if inputs else buffers:
+            pairs += [(name, tensor, o) for o in by_storage.get(tensor.untyped_storage()._cdata, ()) if o[0] in inputs or not inputs]
+        for name, tensor in buffers if inputs else ():
+            pairs += [(name, tensor, o) for o in by_storage.get(tensor.untyped_storage()._cdata, ())]
+        for name, tensor, (other, second) in pairs:
+            if overlap(tensor, second):
+                raise PrepareError(f"{name!r} and {other!r} share memory, and the model writes one of them: pass a clone() of the other")
 
     def _load_state(self, leaves: list[Any]) -> None:
         names = self.convention.input_names
@@ -191,15 +217,20 @@ class CapturedCall:
         if convention.arguments_after is not None:
             after = convention.arguments_after
             update(arguments, after.spec, self._resolve(after, outputs, inputs))
-        for state_write in convention.state_writes:
+        # All values before any write: a value may stand where another write goes.
+        values = [
+            None if w.value is None else unflatten(w.value.spec, self._resolve(w.value, outputs, inputs)) for w in convention.state_writes
+        ]
+        for state_write, value in zip(convention.state_writes, values, strict=True):
             if state_write.value is None:
                 state_write.holder.delete(state_write.key)
-                continue
-            value = unflatten(state_write.value.spec, self._resolve(state_write.value, outputs, inputs))
-            state_write.holder.set(state_write.key, value)
+            else:
+                state_write.holder.set(state_write.key, value)
         leaves = list(outputs[: convention.output_count])
         for output, source in convention.passed_through.items():
             leaves[output] = inputs[source]
+        for output, name in convention.returned_state.items():
+            leaves[output] = self._model_buffer(name)
         return unflatten(convention.output_spec, leaves, lambda path: at(arguments, path))
 
     def _write_buffer(self, name: str, value: torch.Tensor) -> None:
@@ -207,7 +238,7 @@ class CapturedCall:
         if name in self.boundary.narrowed_buffers:
             wide = self._model_buffer(name)
             self.graph_module.get_buffer(name).copy_(value)
-            self._twins[name] = (id(wide), wide._version)
+            self._twins[name] = stamp_of(wide)
 
     def _resolve(self, assigned: Assigned, outputs: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
         found = {"input": inputs.__getitem__, "output": outputs.__getitem__, "state": self._model_buffer}
@@ -217,13 +248,15 @@ class CapturedCall:
 
     @property
     def input_output_aliases(self) -> dict[torch.Tensor, int]:
-        return {self.graph_module.get_buffer(n): i for n, i in self.mutated_buffers.items()}
+        held = {**dict(self.graph_module.named_buffers()), **dict(self.graph_module.named_parameters())}
+        return {held.get(n, self._model_buffer(n)): i for n, i in self.mutated_buffers.items()}
 
     def move(self, device: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Follow the model to ``device``: the graph's own tensors and every device it names."""
         for name in dict.fromkeys((*self.boundary.narrowed_buffers, *self._owned())):
             own_buffer(self.graph_module, name, fn(self.graph_module.get_buffer(name)))
         self._twins.clear()
+        self.standing = self._stand()
         devices.retarget(self.graph_module, device)
         self.example_inputs = tuple(fn(t) for t in self.example_inputs)
 
@@ -235,6 +268,17 @@ class CapturedCall:
             if module is not None:
                 found += [f"{holder}.{name}" for name in module._buffers]
         return found
+
+
+def _refuse_layouts(flat: Flat) -> None:
+    for leaf, path in zip(flat.leaves, flat.paths, strict=True):
+        if isinstance(leaf, torch.Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            raise CaptureError(
+                f"argument {'.'.join(map(str, path[1:]))} is a {kind} tensor: Neuron takes dense tensors only. "
+                "Pass it padded (torch.nested.to_padded_tensor) or dense (to_dense()).",
+                construct=f"a {kind} tensor as input",
+            )
 
 
 Capturer = Callable[[tuple[Any, ...], dict[str, Any]], CapturedCall]
@@ -276,13 +320,15 @@ class PreparedModule(torch.nn.Module):
         return self._captured(flatten(arguments, share=True), arguments)
 
     def _captured(self, flat: Flat, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> CapturedCall:
+        _refuse_layouts(flat)
         signature = self._signature(flat)
         found = self._captures.get(signature)
         if found is None or not found.holds():
             with self._lock:
                 found = self._captures.get(signature)
                 if found is None or not found.holds():
-                    found = self._capturer(*arguments)
+                    with torch.inference_mode(False):  # tensors made here serve other calls
+                        found = self._capturer(*arguments)
                     self._learn_dynamic_dims(flat, found)
                     self._captures[self._signature(flat)] = found
         return found
@@ -295,7 +341,7 @@ class PreparedModule(torch.nn.Module):
             if isinstance(leaf, torch.Tensor)
         )
         grad = self._allow_grad and torch.is_grad_enabled()
-        return Signature(flat.spec, tensors, self._model.training, grad, _autocast_state())
+        return Signature(flat.spec, tensors, self._model.training, grad, autocast_state())
 
     def _learn_dynamic_dims(self, flat: Flat, found: CapturedCall) -> None:
         self._dynamic[flat.spec] = {
@@ -372,8 +418,12 @@ class PreparedModule(torch.nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PreparedModule:
         before = {id(t): t for t in (*self.parameters(), *self.buffers())}
+        dtypes = [t.dtype for t in before.values()]
         super()._apply(fn, recurse)
         with self._lock:
+            if dtypes != [t.dtype for t in {id(t): t for t in (*self.parameters(), *self.buffers())}.values()]:
+                self._captures.clear()  # the graphs were made for other dtypes
+                return self
             for signature, found in list(self._captures.items()):
                 old = next((t.device for t in found.example_inputs), None) or next((t.device for t in before.values()), None)
                 device = fn(torch.empty(0, device=old)).device

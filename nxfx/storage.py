@@ -301,6 +301,7 @@ def _convention_to_json(convention: Convention) -> dict[str, Any]:
         "output_spec": _spec_to_json(convention.output_spec),
         "output_count": convention.output_count,
         "passed_through": [[k, v] for k, v in convention.passed_through.items()],
+        "returned_state": [[k, v] for k, v in convention.returned_state.items()],
         "arguments_after": None if after is None else [_spec_to_json(after.spec), after.leaves],
     }
 
@@ -313,6 +314,7 @@ def _convention_from_json(data: dict[str, Any]) -> Convention:
         _spec_from_json(data["output_spec"]),
         data["output_count"],
         dict(data["passed_through"]),
+        dict(data["returned_state"]),
         None if after is None else Assigned(_spec_from_json(after[0]), [tuple(leaf) for leaf in after[1]]),
     )
 

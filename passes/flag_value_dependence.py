@@ -21,28 +21,30 @@ _Tag = torch.Tag
 
 
 class FlagValueDependence(Pass):
-    """Report what depends on a tensor's value: it is what a compiler freezes, refuses or runs on the host. Changes nothing.
+    """Report what depends on a tensor's value: what a compiler freezes, refuses or runs on the host. Changes nothing.
 
     One finding for each producer, at the user's line: a value read into Python (what it is used for decides the code:
-    bound, size, operand, assertion), a size that depends on data, a random op, an assertion, and a higher-order op whose
-    body is not rewritten. ``torch.cond``, ``while_loop``, ``scan`` and ``map`` are data flow: no finding, but their bodies
-    are looked at like any other graph.
+    bound, size, operand, assertion), a size that depends on data, a random op, an assertion, and a higher-order op
+    whose body is not rewritten. ``torch.cond``, ``while_loop``, ``scan`` and ``map`` are data flow: no finding, but
+    their bodies are looked at like any other graph.
 
     Given::
 
-        %n : i64[] = placeholder[n]
-        %x : f32[4, 3] = placeholder[x]
-        %gt : b8[4, 3] = aten.gt.Scalar(%x, 0)
-        %index : f32[u0] = aten.index.Tensor(%x, [%gt])
-        %item : Sym(u1) = aten.item.default(%n)
-        %slice_1 : f32[u2, 3] = aten.slice.Tensor(%x, 0, None, %item)
-        %rand_like : f32[4, 3] = aten.rand_like.default(%x)
+        %n : int64[] = placeholder[n]
+        %x : float32[4, 3] = placeholder[x]
+        %gt : bool[4, 3] = aten.gt.Scalar(x, 0)
+        %index : float32[u0] = aten.index.Tensor(x, [gt])
+        %sum_1 : float32[] = aten.sum.default(index)
+        %item : SymInt = aten.item.default(n)
+        %mul_1 : float32[4, 3] = aten.mul.Tensor(x, item)
+        %rand_like : float32[4, 3] = aten.rand_like.default(x, pin_memory=False)
+        return (sum_1, mul_1, rand_like)
 
     Result: the same graph, and::
 
-        NX403 error: reading through a boolean mask gives a size that depends on data ...
-        NX404 error: a tensor's value is read into Python and used as a bound ...
-        NX405 info: rand_like draws random numbers ...
+        NX403 error: reading through a boolean mask gives a size that depends on data. ...
+        NX402 error: a tensor's value is read into Python and used as an operand. ...
+        NX405 info: rand_like draws random numbers. ...
     """
 
     name = "flag-value-dependence"
@@ -78,7 +80,9 @@ _HOST_ONLY = frozenset({"bucketize", "searchsorted", "nonzero_static", "histc"})
 _SIZED_BY_DATA = frozenset({"where.default", "nonzero_numpy.default", "repeat_interleave.self_Tensor"})
 _INDEXED = frozenset({"index", "_unsafe_index", "index_put", "_unsafe_index_put"})
 # A symbolic bound makes these return a fresh symbol: the bound's producer is reported, not the consumer.
-_BOUNDED = frozenset({"slice", "slice_copy", "slice_scatter", "narrow", "narrow_copy", "select", "select_copy", "select_scatter"})
+_BOUNDED = frozenset(
+    {"slice", "slice_copy", "slice_scatter", "narrow", "narrow_copy", "select", "select_copy", "select_scatter"}
+)
 
 
 def _sites(graph: fx.Graph) -> Iterator[_Site]:
@@ -119,7 +123,7 @@ def _name(target: Any) -> str:
 
 
 def _argument(node: fx.Node, name: str) -> Any:
-    """The value of an argument of ``node`` by its schema name, defaults included; None when it has none of that name."""
+    """The value of an argument of ``node`` by its schema name, defaults included; None where it has no such argument."""
     for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
         if argument.name == name:
             default = argument.default_value if argument.has_default_value() else None
@@ -169,7 +173,11 @@ def _uses_of_numbers(graph: fx.Graph) -> dict[fx.Node, frozenset[str]]:
         if isinstance(meta.val(node), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
             found: set[str] = set()
             for user in node.users:
-                found |= uses[user] if user in uses and not isinstance(user.target, torch._ops.OpOverload) else _role(node, user)
+                found |= (
+                    uses[user]
+                    if user in uses and not isinstance(user.target, torch._ops.OpOverload)
+                    else _role(node, user)
+                )
             uses[node] = frozenset(found)
     return uses
 
@@ -217,7 +225,7 @@ _HOST_FIXES = {
     "bucketize": "count the boundaries below: (boundaries < x[..., None]).sum(-1), with <= for right=True",
     "searchsorted": "count the boundaries below: (boundaries < x[..., None]).sum(-1), with <= for right=True",
     "nonzero_static": advice.CALLS["nonzero"].fix,
-    "histc": "count against fixed edges: ((x[:, None] >= low) & (x[:, None] < high)).sum(0)",
+    "histc": "for integers from 0 to N - 1: (x[:, None] == torch.arange(N)).sum(0)",
 }
 _DROPOUTS = ("dropout", "scaled_dot_product", "attention", "lstm", "gru", "rnn", "rrelu")
 
@@ -233,8 +241,10 @@ def _finding(site: _Site, uses: frozenset[str]) -> Finding:
     if site.kind == "assert":
         return _report(node, "an assertion reads a tensor's value", advice.SYNTAX["assert"], Severity.WARNING)
     if site.kind == "host":
-        return _report(node, f"{name} runs on the host", Advice("NX411", advice.HOST, _HOST_FIXES[name]), Severity.WARNING)
-    what = f"the body of the higher-order op {name} is not rewritten: its casts, writes and 64-bit values reach the compiler as they are"
+        return _report(
+            node, f"{name} runs on the host", Advice("NX411", advice.HOST, _HOST_FIXES[name]), Severity.WARNING
+        )
+    what = f"the body of the higher-order op {name} is not rewritten: what is in it reaches the compiler as it is"
     fix = "write it with tensor operations, or with torch.cond, while_loop, scan or map, whose bodies are rewritten"
     return Finding.at(node, "NX410", Severity.WARNING, what, fix)
 
@@ -253,7 +263,9 @@ def _value(node: fx.Node, name: str, uses: frozenset[str]) -> Finding:
         return _report(node, "a tensor's value is read into Python", advice.UNUSED, Severity.ERROR)
     why = _USES[used[0]][1]
     severity = Severity.WARNING if used[0] == "assertion" else Severity.ERROR
-    return _report(node, f"a tensor's value is read into Python and used {' and '.join(_USES[u][0] for u in used)}", why, severity)
+    return _report(
+        node, f"a tensor's value is read into Python and used {' and '.join(_USES[u][0] for u in used)}", why, severity
+    )
 
 
 def _size(node: fx.Node, name: str) -> Finding:
@@ -268,5 +280,7 @@ def _random(node: fx.Node, name: str) -> Finding:
     if name == "multinomial":
         return _report(node, "multinomial draws random indices", advice.MULTINOMIAL, Severity.WARNING)
     if any(part in name for part in _DROPOUTS):
-        return _report(node, f"{name} draws random numbers: the model is in training mode", advice.DROPOUT, Severity.INFO)
+        return _report(
+            node, f"{name} draws random numbers: the model is in training mode", advice.DROPOUT, Severity.INFO
+        )
     return _report(node, f"{name} draws random numbers", advice.DRAW, Severity.INFO)

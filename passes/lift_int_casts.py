@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from nxfx.analysis import dtype_rules, ranges
 from nxfx.analysis.broadcast_products import bit_equal, worth_spreading
@@ -194,6 +195,7 @@ class _Lift:
         self.compared: set[fx.Node] = set()
         self._made: set[fx.Node] = set()
         self._were_low: set[fx.Node] = set()
+        self._moved: set[fx.Node] = set()
         self._upcasts: dict[fx.Node, fx.Node] = {}
         self._restored: dict[fx.Node, fx.Node] = {}
         for node in region.nodes:
@@ -207,6 +209,7 @@ class _Lift:
         member, dtype = self.origins.members[node], dtype_of(node)
         values = [v for v in member.values if isinstance(v, fx.Node)]
         swap = {v: self._high(v) for v in values}
+        keeps_layout = not any(self._moves(v, high) for v, high in swap.items())
         is_promoted = member.family in (Family.COMPUTE, Family.SELECT) and "dtype" not in node.kwargs
         if is_promoted and values and all(dtype_rules.is_integral(dtype_of(v)) for v in values):
             swap[values[0]] = self._upcast(values[0])  # torch's default dtype was the low one
@@ -216,13 +219,19 @@ class _Lift:
             node.update_kwarg("dtype", FP32)
         if dtype_rules.is_low_precision(dtype):
             self._were_low.add(node)
-            self._refresh(node)
+            if keeps_layout or node.meta.get("unbacked_bindings"):  # evaluating again would invent new symbols
+                node.meta["val"] = _retyped(node.meta["val"])
+                node.meta.pop("tensor_meta", None)
+            else:
+                self._refresh(node)
         return node
 
+    def _moves(self, value: fx.Node, high: fx.Node) -> bool:
+        """Whether ``high`` is laid out in memory otherwise than ``value`` was."""
+        return high in self._moved or (high is not value and _layout(meta.val(high)) != _layout(meta.val(value)))
+
     def _refresh(self, node: fx.Node) -> None:
-        if node.meta.get("unbacked_bindings"):  # evaluating again would invent new symbols
-            node.meta["val"] = meta.retype(node.meta["val"], FP32)
-            return
+        layout = str(pytree.tree_map(_layout, meta.val(node)))
         try:
             refresh(node, self.build.mode)
         except RuntimeError:
@@ -232,6 +241,8 @@ class _Lift:
             with self.build.before(node):
                 node.update_arg(0, self._make(aten.clone.default, node.args[0], memory_format=torch.contiguous_format))
             refresh(node, self.build.mode)
+        if str(pytree.tree_map(_layout, meta.val(node))) != layout:
+            self._moved.add(node)
 
     def _recast(self, node: fx.Node) -> fx.Node:
         """What the cast ``node`` converts, in float32 (or the higher precision that ``node`` gives)."""
@@ -348,6 +359,12 @@ def _is_unmixed(value: fx.Node) -> bool:
                 seen.add(operand)
                 pending.append(operand)
     return True
+
+
+def _retyped(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_retyped, value))
+    return meta.retype(value, FP32)
 
 
 def _layout(value: torch.Tensor) -> tuple[str, str]:

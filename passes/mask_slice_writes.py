@@ -52,7 +52,8 @@ class Options:
 
     Attributes:
         multiply: when a zero fill becomes ``base * mask``: ``"proved"`` (the base is proved finite and non-negative),
-            ``"never"`` (or ``"off"``), or ``"always"`` (nan where the base holds inf or nan: each one is reported, NX204).
+            ``"never"`` (or ``"off"``), or ``"always"`` (nan where the base holds inf or nan: each one is reported,
+            NX204).
     """
 
     multiply: str = "proved"
@@ -84,14 +85,18 @@ class MaskSliceWrites(Pass):
         %mask : bool[4, 6] = bitwise_and(in_rows, in_columns)
         %all : float32[4, 6] = where(mask, 0, x)
 
-    - The value is cast to the base's dtype before the select, as ``copy_`` does: ``where(m, 0.5, int64_base)`` rounds 2**40 + 1.
-    - A zero fill of a base that is proved finite and non-negative multiplies by the negated mask instead (an attention mask of
-      ones); anywhere else ``inf * 0`` and ``nan * 0`` would be nan and ``-1 * 0`` would be ``-0.0``.
-    - A tensor value is padded to the base's shape: no gather. Into a constant base (the backward of a slice) the pad is all.
-    - Writes through nested views are one mask; writes of one number into one base are one mask too. A write of everything is its
-      value, a write of nothing is its base.
-    - A write through integer indices becomes ``positions == index`` when each element has one writer or all its writers write the
-      same value: a KV cache at a tensor position, ``arange`` indices, indices of top-k. What cannot be proved stays (NX202).
+    - The value is cast to the base's dtype before the select, as ``copy_`` does: ``where(m, 0.5, int64_base)`` rounds
+      2**40 + 1.
+    - A zero fill of a base that is proved finite and non-negative multiplies by the negated mask instead (an
+      attention mask of ones); anywhere else ``inf * 0`` and ``nan * 0`` would be nan and ``-1 * 0`` would be
+      ``-0.0``.
+    - A tensor value is padded to the base's shape: no gather. Into a constant base (the backward of a slice) the pad
+      is all.
+    - Writes through nested views are one mask; writes of one number into one base are one mask too. A write of
+      everything is its value, a write of nothing is its base.
+    - A write through integer indices becomes ``positions == index`` when each element has one writer or all its
+      writers write the same value: a KV cache at a tensor position, ``arange`` indices, indices of top-k. What cannot
+      be proved stays (NX202).
     """
 
     name = "mask-slice-writes"
@@ -128,7 +133,8 @@ class _Made:
 
 
 class _Rewriter:
-    """One run. It plans from the last write to the first, so that the inner links of a chain are not planned by themselves, and
+    """One run. It plans from the last write to the first, so that the inner links of a chain are not planned by
+    themselves, and
     builds from the first to the last, so that shared masks stand before their users."""
 
     def __init__(self, step: MaskSliceWrites, graph: fx.Graph, context: PassContext) -> None:

@@ -81,8 +81,7 @@ class Narrow64bit(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         integers, floats = _concerned(graph_module.graph)
         parts = [_NarrowIntegers(self, graph_module, context).run(integers)] if integers else []
-        if floats:
-            parts += [NarrowFloats(self, graph_module, context, wide).run(floats) for wide in (torch.float64, torch.complex128)]
+        parts += [NarrowFloats(self, graph_module, context).run(floats)] if floats else []
         return PassResult(
             any(p.changed for p in parts), [r for p in parts for r in p.rewrites], [f for p in parts for f in p.findings]
         )
@@ -120,9 +119,10 @@ def _concerned(graph: fx.Graph) -> tuple[list[fx.Node], list[fx.Node]]:
 
 class _NarrowIntegers(Narrower):
     def __init__(self, step: Narrow64bit, gm: fx.GraphModule, context: PassContext) -> None:
-        super().__init__(step, gm, context, torch.int64, torch.int32)
+        super().__init__(step, gm, context, torch.int64)
         self.unproved: dict[fx.Node, None] = {}
         self.ranges = analyse(gm, context.sources)
+        self.memory = _read_as_memory(gm.graph)
 
     def run(self, nodes: list[fx.Node]) -> PassResult:
         for node in nodes:
@@ -146,7 +146,7 @@ class _NarrowIntegers(Narrower):
             return
         elif node.target is operator.getitem:
             self._getitem(node)
-        elif rule is None or isinstance(node.kwargs.get("sorter"), fx.Node):
+        elif rule is None or node in self.memory or isinstance(node.kwargs.get("sorter"), fx.Node):
             self._demands(node)
         elif rule.result is Result.CAST:
             self._cast(node)
@@ -162,12 +162,15 @@ class _NarrowIntegers(Narrower):
     def _source(self, node: fx.Node) -> None:
         if not self.book.is_wide(node) or all(u.op == "output" for u in node.users):
             return
+        if node in self.memory:
+            self.keep(node, "NX301", "`as_strided` reads its memory, which a cast would pack", "index or slice it instead")
+            return
         if not self._fits(node):
             self._keep(node)
             return
         origin = node if node.op == "placeholder" else next(iter(node.users))
         if self.book.cast_source(node, origin):
-            self.record(node, "input")
+            self._record(node, "input")
         requirement = self.ranges.requirements.get(node)
         source = self.context.sources.get(node.name)
         if requirement is not None and source is not None and any(self.book.is_own_cast(u) for u in node.users):
@@ -180,7 +183,7 @@ class _NarrowIntegers(Narrower):
             return
         source, index = node.args
         assert isinstance(source, fx.Node)
-        if source.meta["val"][index].dtype == self.book.narrow:
+        if source.meta["val"][index].dtype == torch.int32:
             self.book.in_place(node)
         else:
             self._settle(node)
@@ -199,7 +202,7 @@ class _NarrowIntegers(Narrower):
             self._take(node, self.book.operands(node))
             node.update_kwarg("dtype", torch.int32)
             self.book.in_place(node)
-            self.record(node, "factory")
+            self._record(node, "factory")
             return
         if self.book.operands(node) and node.kwargs.get("dtype") is None:
             node.update_kwarg("dtype", torch.int64)  # its template may have been narrowed
@@ -223,7 +226,7 @@ class _NarrowIntegers(Narrower):
         else:
             node.update_kwarg("dtype", torch.int32)
             self.book.in_place(node)
-            self.record(node, "cast")
+            self._record(node, "cast")
 
     def _accumulates(self, node: fx.Node) -> None:
         """The bound of a sum or product covers every partial one, so where it fits the accumulator fits too."""
@@ -231,7 +234,7 @@ class _NarrowIntegers(Narrower):
             self._take(node, self.book.operands(node))
             node.update_kwarg("dtype", torch.int32)
             self.book.in_place(node)
-            self.record(node, "accumulator")
+            self._record(node, "accumulator")
         else:
             self._keep(node)  # torch accumulates an int32 operand in int64
 
@@ -257,15 +260,18 @@ class _NarrowIntegers(Narrower):
             return
         elif follows and values:
             outputs = None if not rule.forced else set(range(len(node.meta["val"]))) - rule.forced
-            if outputs is None or any(meta_dtype == torch.int64 for meta_dtype in _dtypes(node, outputs)):
+            if rule.composite:
+                self.book.re_evaluate(node)
+                self._record(node, "follow")
+            elif outputs is None or any(meta_dtype == torch.int64 for meta_dtype in _dtypes(node, outputs)):
                 self.book.in_place(node, outputs)
-                self.record(node, "follow")
+                self._record(node, "follow")
         elif follows and node.target in integer_ops.POINTWISE - integer_ops.CHOICES:
             self._promote(node)
         elif "out_int32" in _keywords(node) and self._fits(node):
             node.update_kwarg("out_int32", True)
             self.book.in_place(node)
-            self.record(node, "index")
+            self._record(node, "index")
         else:
             self._settle(node)
 
@@ -286,11 +292,13 @@ class _NarrowIntegers(Narrower):
                 with self.book.build.before(node):
                     node.replace_input_with(operand, self.book.build.cast(operand, torch.int32))
         self.book.in_place(node)
-        self.record(node, "promotion")
+        self._record(node, "promotion")
 
     # --- verdicts ----------------------------------------------------------------------------------------------------
 
     def _bounds(self, node: fx.Node) -> list[Interval | None]:
+        while node not in self.ranges and self.book.is_own_cast(node):
+            (node,) = node.all_input_nodes
         return self.ranges.outputs(node, proved=self.options.mode == "proved")
 
     def _fits(self, node: fx.Node, besides: frozenset[int] = frozenset()) -> bool:
@@ -322,7 +330,8 @@ class _NarrowIntegers(Narrower):
     def _shifts_fit(self, node: fx.Node) -> bool:
         if node.target not in integer_ops.SHIFTS:
             return True
-        bounds = self.ranges.read(node.args[1])
+        amount = node.args[1]
+        bounds = self._bounds(amount)[0] if isinstance(amount, fx.Node) else self.ranges.read(amount)
         return bounds is not None and fits(bounds, (0, 31))
 
     def _settle(self, node: fx.Node) -> None:
@@ -338,7 +347,10 @@ class _NarrowIntegers(Narrower):
 
     def _take(self, node: fx.Node, operands: list[fx.Node]) -> None:
         for operand in self.book.take(node, operands):
-            self.record(operand, "index" if integer_ops.is_forced(operand) else "result")
+            self._record(operand, "index" if integer_ops.is_forced(operand) else "result")
+
+    def _record(self, node: fx.Node, rule: str) -> None:
+        self.record(node, rule, "int64", "int32")
 
     def _keep(self, node: fx.Node) -> None:
         self.keep(node, *why_kept(node, self._bounds(node)[0], self.ranges, self.context))
@@ -349,6 +361,25 @@ class _NarrowIntegers(Narrower):
         for node, requirement in self.ranges.requirements.items():
             if requirement.basis == "declared":
                 self.context.requirements.setdefault(self.context.sources[node.name].name, requirement.bounds)
+
+
+def _read_as_memory(graph: fx.Graph) -> set[fx.Node]:
+    """What an ``as_strided`` looks through to the memory of an input: a cast would pack it."""
+    found: set[fx.Node] = set()
+    for op in integer_ops.READS_MEMORY:
+        for node in graph.find_nodes(op="call_function", target=op, sort=False):
+            view = node.args[0]
+            chain: list[fx.Node] = []
+            while isinstance(view, fx.Node) and _is_view(view):
+                chain.append(view)
+                view = view.args[0]
+            if isinstance(view, fx.Node) and view.op in ("placeholder", "get_attr"):
+                found.update(chain, (view,))
+    return found
+
+
+def _is_view(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
 
 
 def _numbers_are_int32(node: fx.Node) -> bool:

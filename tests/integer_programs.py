@@ -5,6 +5,9 @@ A graph is built node by node on fake tensors, without capture, so that a progra
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import operator
 import random
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +20,8 @@ from nxfx.analysis.provenance import Role, Source
 from nxfx.pipeline import PassContext
 
 aten = torch.ops.aten
+# Refused ops are part of the game and would each be logged with a traceback.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 INT32 = (-(2**31), 2**31 - 1)
 INT64 = (-(2**63), 2**63 - 1)
 
@@ -58,7 +63,7 @@ class Program:
         while len(self.values) < size:
             self._grow()
         outputs = [n for n in self.values if not n.users or self.rng.random() < 0.1]
-        self.graph.output((tuple(outputs),)[0])
+        self.graph.output(tuple(outputs))
         self.gm = fx.GraphModule(torch.nn.Module(), self.graph)
 
     def context(self) -> PassContext:
@@ -96,7 +101,7 @@ class Program:
             self.values.append(node)
             return
         for index, element in enumerate(value):
-            getitem = self.graph.call_function(__import__("operator").getitem, (node, index))
+            getitem = self.graph.call_function(operator.getitem, (node, index))
             getitem.meta["val"] = element
             self.values.append(getitem)
 
@@ -109,10 +114,9 @@ class Program:
         return self.rng.choice(found[-6:] if self.rng.random() < 0.6 else found)
 
     def _grow(self) -> None:
-        try:
+        # An op that refuses these operands: another one.
+        with contextlib.suppress(LookupError, RuntimeError, ArithmeticError, ValueError, TypeError):
             self.rng.choice(_GROWERS)(self)
-        except (LookupError, RuntimeError, ArithmeticError, ValueError, TypeError):
-            pass  # the op refuses these operands: another one
 
     def number(self) -> int:
         return self.rng.choice(NUMBERS[:16]) if self.rng.random() < 0.75 else self.rng.choice(NUMBERS)
@@ -123,6 +127,16 @@ class Program:
 
     def dim(self, node: fx.Node) -> int:
         return self.rng.randrange(-node.meta["val"].dim(), node.meta["val"].dim())
+
+    def product_of_part(self, x: fx.Node) -> fx.Node:
+        """Something to write over all but the first row of ``x``."""
+        self._emit(aten.slice.Tensor, x, 0, 1, 2**63 - 1)
+        self._emit(aten.mul.Tensor, self.values[-1], self.number())
+        return self.values[-1]
+
+    def zeros_of(self, x: fx.Node) -> fx.Node:
+        self._emit(aten.zeros_like.default, x)
+        return self.values[-1]
 
     def index(self, node: fx.Node, dim: int) -> fx.Node:
         """Some integer brought into the bounds of ``node``'s dimension."""
@@ -393,7 +407,7 @@ def _scatters(p: Program) -> None:
     same = p.rng.choice([n for n in p.values if n.meta["val"].shape == x.meta["val"].shape and n.meta["val"].dtype == torch.int64])
     dim, kind = p.dim(x), p.rng.randrange(5)
     if kind == 0:
-        p._emit(aten.slice_scatter.default, x, p.number_like(x), 0, 1, 2**63 - 1, 1)
+        p._emit(aten.slice_scatter.default, x, p.product_of_part(x), 0, 1, 2**63 - 1, 1)
     elif kind == 1:
         p._emit(aten.scatter.value, x, dim, p.zeros_of(x), p.number())
     elif kind == 2:
@@ -413,7 +427,8 @@ def _demands(p: Program) -> None:
         p._emit(aten.remainder.Scalar, p._pick(torch.int64), count)
         p._emit(aten.take.default, x, p.values[-1])
     elif kind == 1:
-        p._emit(aten.index_fill.int_Scalar, x, 0, p.vector(), p.number())
+        p._emit(aten.zeros.default, [2], dtype=torch.int64)
+        p._emit(aten.index_fill.int_Scalar, x, 0, p.values[-1], p.number())
     else:
         p._emit(aten.remainder.Scalar, x, 5)
         p._emit(aten.one_hot.default, p.values[-1], 5)
@@ -437,22 +452,3 @@ def _other(p: Program) -> None:
         p._emit(aten.type_as.default, x, p._pick())
     else:
         p._emit(aten.repeat.default, x, [2] * x.meta["val"].dim())
-
-
-def _number_like(self: Program, x: fx.Node) -> fx.Node:
-    self._emit(aten.slice.Tensor, x, 0, 1, 2**63 - 1)
-    self._emit(aten.mul.Tensor, self.values[-1], self.number())
-    return self.values[-1]
-
-
-def _zeros_of(self: Program, x: fx.Node) -> fx.Node:
-    self._emit(aten.zeros_like.default, x)
-    return self.values[-1]
-
-
-def _vector(self: Program) -> fx.Node:
-    self._emit(aten.zeros.default, [2], dtype=torch.int64)
-    return self.values[-1]
-
-
-Program.number_like, Program.zeros_of, Program.vector = _number_like, _zeros_of, _vector  # type: ignore[attr-defined]

@@ -579,3 +579,19 @@ def test_a_model_that_returns_no_tensor_is_told_so() -> None:
 def test_wrong_arguments_raise_pythons_own_error() -> None:
     with pytest.raises(TypeError, match="Tiny.forward.*positions"):
         nxfx.prepare(Tiny(), (torch.ones(4, 4),))
+
+
+@pytest.mark.parametrize("through_views", [False, True])
+def test_as_strided_reads_the_callers_memory_not_a_packed_copy(through_views: bool) -> None:
+    """A cast at the boundary would pack a tensor with gaps: what `as_strided` looks through stays as it is."""
+
+    class Strided(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            view = x[:3].t() if through_views else x
+            return view.as_strided((3, 2), (1, 4)) + 1, x * 2
+
+    base = torch.arange(40).view(5, 8)
+    prepared = nxfx.prepare(Strided())
+    for x in (base[:, :4].contiguous(), base[:, ::2], base[1:, 1:5], base[:4, :5].t()):
+        same(Strided()(x), prepared(x))
+    assert all(any(f.code == "NX301" for f in c.report.findings) for c in prepared.captures.values())

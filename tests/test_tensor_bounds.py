@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from tools import nasty_like
 from torch import Tensor
 
 from nxfx.capture.branches import invented_guards
-from nxfx.capture.interception import Session, interception
+from nxfx.capture.interception import Session, check_outputs, interception
 from nxfx.errors import CaptureError
 from nxfx.report import Kind, Severity
 from nxfx.verification.equivalence import compare
-from tools import nasty_like
 
 INT64_MAX = 2**63 - 1
 BOUNDS = [0, 1, -1, 2, -2, 5, -5, 99, -99, INT64_MAX, -INT64_MAX]
@@ -34,7 +34,9 @@ class Shell(torch.nn.Module):
             return self.fn(*args)
 
 
-def capture(fn: Callable[..., Any], *args: Any, dynamic_shapes: Any = None, training: bool = False) -> tuple[Any, Session]:
+def capture(
+    fn: Callable[..., Any], *args: Any, dynamic_shapes: Any = None, training: bool = False
+) -> tuple[Any, Session]:
     session = Session()
     shell = Shell(fn, session, training)
     with torch.set_grad_enabled(training):
@@ -42,7 +44,7 @@ def capture(fn: Callable[..., Any], *args: Any, dynamic_shapes: Any = None, trai
         if not training:  # the functional aten.copy has no derivative
             program = program.run_decompositions({})
     assert not session.errors, session.errors
-    assert invented_guards(program, session) == []
+    assert invented_guards(program) == []
     return program, session
 
 
@@ -53,7 +55,11 @@ def reads_value(program: Any) -> list[str]:
 
 
 def same_as_eager(
-    fn: Callable[..., Any], example: Iterable[Any], others: Iterable[Iterable[Any]], kind: str = "exact", **bounds: float
+    fn: Callable[..., Any],
+    example: Iterable[Any],
+    others: Iterable[Iterable[Any]],
+    kind: str = "exact",
+    **bounds: float,
 ) -> tuple[Any, Session]:
     """One capture from ``example``; every one of ``others`` gives what eager gives, arguments written included."""
     example = tuple(example)
@@ -95,7 +101,9 @@ def mllama_mask(x: Tensor, ratios: Tensor, ntok: int, num_chunks: int = 4, n_hea
 def test_mllama_mask_one_capture_serves_all_aspect_ratios(dtype: torch.dtype) -> None:
     x = torch.zeros(1, 4, 24, 8, dtype=dtype)
     ratios = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
-    program, session = same_as_eager(lambda x, ar: mllama_mask(x, ar, 17), (x, t([[1, 1]])), [(x, t([r])) for r in ratios])
+    program, session = same_as_eager(
+        lambda x, ar: mllama_mask(x, ar, 17), (x, t([[1, 1]])), [(x, t([r])) for r in ratios]
+    )
     zeros = {r[0] * r[1]: int((program.module()(x, t([r])) == 0).sum()) for r in ratios}
     assert zeros == {1: 2975, 2: 5372, 3: 7191, 4: 8432}
     (rewrite,) = session.rewrites
@@ -111,7 +119,13 @@ def both_ends(dim: int, step: int) -> Callable[..., Any]:
 
     def model(x: Tensor, start: Tensor, stop: Tensor, value: Tensor) -> list[Tensor]:
         results = []
-        forms = slice(start, stop, step), slice(None, stop, step), slice(start, None, step), slice(-3, stop, step), slice(start, 3, step)
+        forms = (
+            slice(start, stop, step),
+            slice(None, stop, step),
+            slice(start, None, step),
+            slice(-3, stop, step),
+            slice(start, 3, step),
+        )
         for form, written in zip(forms, (value, 3, value, True, value), strict=True):
             y = x.clone()
             y[(form,) if dim == 0 else (slice(None), form) if dim == 1 else (..., form)] = written
@@ -128,7 +142,7 @@ GRID += [(0, 1, torch.bfloat16), (1, 2, torch.int32), (-1, 3, torch.bool)]
 
 @pytest.mark.parametrize(("dim", "step", "dtype"), GRID)
 def test_grid_every_bound_from_one_capture(dim: int, step: int, dtype: torch.dtype) -> None:
-    """Traps 11, 12, 13, 16: clamping, sentinels, negative and reversed bounds, steps; on inf, nan and -0.0 (trap 20)."""
+    """Traps 11, 12, 13, 16, 20: clamping, sentinels, negative and reversed bounds, steps; inf, nan and -0.0."""
     x = nasty_like(torch.zeros(5, 6, 7, dtype=dtype), 1)
     value = nasty_like(torch.zeros((), dtype=dtype), 2)
     others = [(x, t(a), t(b), value) for a, b in itertools.product(BOUNDS, BOUNDS)]
@@ -219,7 +233,9 @@ def mixed_dtypes(y: Tensor, n: Tensor, s: Tensor, other: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize(
-    "model", [isub, imul_inner, fills, several_axes, views, window_values, tensor_values, mixed_dtypes], ids=lambda m: m.__name__
+    "model",
+    [isub, imul_inner, fills, several_axes, views, window_values, tensor_values, mixed_dtypes],
+    ids=lambda m: m.__name__,
 )
 def test_write_forms(model: Model, dtype: torch.dtype) -> None:
     x, other = (nasty_like(torch.zeros(5, 5, dtype=dtype), seed) for seed in (3, 4))
@@ -245,7 +261,19 @@ def test_write_forms_bool() -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64, torch.bool], ids=str
+    "dtype",
+    [
+        torch.int8,
+        torch.uint8,
+        torch.int16,
+        torch.uint16,
+        torch.int32,
+        torch.uint32,
+        torch.int64,
+        torch.uint64,
+        torch.bool,
+    ],
+    ids=str,
 )
 def test_bounds_of_every_integer_dtype(dtype: torch.dtype) -> None:
     def model(x: Tensor, n: Tensor) -> Tensor:
@@ -264,13 +292,47 @@ def test_bounds_of_one_element_and_of_mixed_dtypes() -> None:
     def model(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y = x.clone()
         y[a : b[0, 0]] = 1
-        y[a + 1 :, b : int(4)] = 2
+        y[a + 1 :, b:4] = 2
         y[a : torch.tensor(4)] = 3
         return y
 
     x = torch.randn(6, 6)
     others = [(x, t([a], torch.int32), t([[b]])) for a, b in itertools.product((0, 2, -2, 7), (0, 3, -1, -9))]
     same_as_eager(model, (x, t([1], torch.int32), t([[3]])), others)
+
+
+def test_padding_masks_from_lengths() -> None:
+    """The loop that speech models write: one row, one length."""
+
+    def model(x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        mask, total = torch.zeros(x.shape[:2], dtype=torch.bool), []
+        for row, length in enumerate(lengths):
+            mask[row, :length] = True
+            total.append(x[row, :length].amax())
+        padded = torch.full_like(x, -1)
+        for row, length in zip(torch.arange(3), lengths, strict=True):
+            padded[row, :length] = x[row, :length]
+        return mask, torch.stack(total) + padded.sum()
+
+    x = torch.randint(0, 9, (3, 5, 2))
+    same_as_eager(model, (x, t([1, 2, 3])), [(x, t(v)) for v in ([5, 1, 2], [1, 1, 1], [9, 4, -1])])
+
+
+def test_inference_mode_inside_the_model() -> None:
+    def model(x: Tensor, n: Tensor) -> Tensor:
+        with torch.inference_mode():
+            y, k = x.clone(), n + 1
+            y[:k] -= 5
+            y[k:] = x[k:]
+            return y.clone()
+
+    session = Session()
+    try:
+        with torch.no_grad():
+            program = torch.export.export(Shell(model, session), (torch.randn(6), t(2)), strict=False)
+    except RuntimeError as error:
+        pytest.skip(f"torch.export itself refuses inference mode: {error}")
+    assert compare(model(torch.ones(6), t(3)), program.module()(torch.ones(6), t(3))).ok
 
 
 def test_buffers_and_arguments_are_written_in_place() -> None:
@@ -348,7 +410,9 @@ def test_kv_cache_at_a_tensor_position() -> None:
 
     cache, k = torch.randn(2, 3, 3, 4), torch.randn(2, 3, 4)
     _, session = same_as_eager(model, (cache, k, t(1)), [(cache, k, t(p)) for p in range(-3, 3)])
-    assert {f.code for f in session.findings} == {"NX404"} and all(f.severity is Severity.INFO for f in session.findings)
+    assert {f.code for f in session.findings} == {"NX404"} and all(
+        f.severity is Severity.INFO for f in session.findings
+    )
 
 
 def test_kv_cache_of_several_positions() -> None:
@@ -378,10 +442,23 @@ def test_positions_beside_advanced_indices() -> None:
 
 def test_reading_at_a_position_is_a_gather() -> None:
     def model(x: Tensor, i: Tensor, j: Tensor) -> list[Tensor]:
-        return [x[i], x[:, i], x[i, j], x[..., i], x[None, i, :, 1:3], x[i, None], x[1, j] + x[j : j + 2].sum(0), x[i][:j].sum()]
+        return [
+            x[i],
+            x[:, i],
+            x[i, j],
+            x[..., i],
+            x[None, i, :, 1:3],
+            x[i, None],
+            x[1, j] + x[j : j + 2].sum(0),
+            x[i][:j].sum(),
+        ]
 
     x = torch.arange(64).view(4, 4, 4)
-    same_as_eager(model, (x, t(1), t(2, torch.int16)), [(x, t(i), t(j, torch.int16)) for i, j in itertools.product((0, 3, -1, -4), repeat=2)])
+    same_as_eager(
+        model,
+        (x, t(1), t(2, torch.int16)),
+        [(x, t(i), t(j, torch.int16)) for i, j in itertools.product((0, 3, -1, -4), repeat=2)],
+    )
 
 
 def test_augmented_assignment_at_a_position() -> None:
@@ -436,9 +513,13 @@ def base_written_between(x: Tensor, i: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("model", [written_copy, stale_copy, put_back_and_written_again, put_elsewhere, base_written_between], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(
+    "model",
+    [written_copy, stale_copy, put_back_and_written_again, put_elsewhere, base_written_between],
+    ids=lambda m: m.__name__,
+)
 def test_a_position_that_had_to_be_a_view_is_refused(model: Model) -> None:
-    with pytest.raises(CaptureError, match="no longer one memory") as caught:
+    with pytest.raises(CaptureError, match="one memory") as caught:
         capture(model, torch.randn(4, 3), t(1))
     (finding,) = caught.value.report.findings
     assert finding.code == "NX201"
@@ -526,10 +607,12 @@ def exact_reads(x: Tensor, n: Tensor, s: Tensor) -> list[Any]:
         window.isnan().sum(dim=(0, 1)),
         torch.count_nonzero(window),
         torch.maximum(window, window[:, :1]).amax(1).min(),
-        (window + x[:n] * 2).to(torch.float64).amin(0) if x.dtype.is_floating_point else (window.to(torch.int64) * 2).prod(),
+        (window + x[:n] * 2).to(torch.float64).amin(0)
+        if x.dtype.is_floating_point
+        else (window.to(torch.int64) * 2).prod(),
         window.clamp(-1, 1).abs().amax(),
         x[-n:].amin(),
-        x[:n].max(1).values.min() if True else s,
+        x[:n].max(1).values.min() + s,
     ]
 
 
@@ -567,8 +650,14 @@ def float_reads(x: Tensor, n: Tensor, s: Tensor) -> list[Tensor]:
 def test_float_reads_are_close_and_say_so() -> None:
     """DESIGN: a masked prefix sum is the same sum in another order; the record carries the bound."""
     x = torch.randn(6, 6)
-    pairs = [(n, s) for n, s in itertools.product((2, 4, 6, 9, -1), (0, 1, -6)) if (n if n >= 0 else n + 6) > (s if s >= 0 else s + 6)]
-    _, session = same_as_eager(float_reads, (x, t(3), t(1)), [(x, t(n), t(s)) for n, s in pairs], kind="close", max_abs=2e-6)
+    pairs = [
+        (n, s)
+        for n, s in itertools.product((2, 4, 6, 9, -1), (0, 1, -6))
+        if (n if n >= 0 else n + 6) > (s if s >= 0 else s + 6)
+    ]
+    _, session = same_as_eager(
+        float_reads, (x, t(3), t(1)), [(x, t(n), t(s)) for n, s in pairs], kind="close", max_abs=2e-6
+    )
     kinds = {r.kind for r in session.rewrites}
     assert kinds == {Kind.REASSOCIATED, Kind.EXACT}
     assert all(r.bound for r in session.rewrites if r.kind is Kind.REASSOCIATED)
@@ -577,7 +666,15 @@ def test_float_reads_are_close_and_say_so() -> None:
 def test_empty_windows_reduce_as_in_eager() -> None:
     def model(x: Tensor, n: Tensor) -> list[Tensor]:
         window = x[:n]
-        return [window.sum(), window.sum(0), window.prod(), (window > 0).any(), (window > 0).all(), window.mean(), window.logsumexp(0)]
+        return [
+            window.sum(),
+            window.sum(0),
+            window.prod(),
+            (window > 0).any(),
+            (window > 0).all(),
+            window.mean(),
+            window.logsumexp(0),
+        ]
 
     x = torch.randn(4, 3)
     same_as_eager(model, (x, t(2)), [(x, t(0)), (x, t(-4)), (x, t(-9))], kind="close", max_abs=1e-6)
@@ -599,7 +696,7 @@ def test_integer_division_outside_the_window_does_not_raise() -> None:
         return y
 
     x, d = torch.arange(8) * 11, t([1, 2, 3, 4, 0, 0, 0, 0])
-    same_as_eager(model, (x, d, t(2)), [(x, d, t(n)) for n in range(0, 5)])
+    same_as_eager(model, (x, d, t(2)), [(x, d, t(n)) for n in range(5)])
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -612,12 +709,12 @@ def cases_refused() -> list[tuple[str, str, Model]]:
         ("linear", "NX203", lambda x, n: torch.nn.functional.linear(x[:n], x)),
         ("cat", "NX203", lambda x, n: torch.cat([x[:n], x])),
         ("len", "NX203", lambda x, n: x + len(x[:n])),
-        ("iteration", "NX203", lambda x, n: [r for r in x[:n]]),
+        ("iteration", "NX203", lambda x, n: list(x[:n])),
         ("other-bounds", "NX203", lambda x, n: (x[:n] + x[1 : n + 1]).sum()),
         ("other-axis", "NX203", lambda x, n: (x[:n] * x[:, :n]).sum()),
         ("whole-tensor", "NX203", lambda x, n: (x[:n] * x).sum()),
         ("out", "NX203", lambda x, n: torch.add(x[:n], 1, out=x)),
-        ("inplace-relu", "NX203", lambda x, n: torch.relu_(x[:n]) if False else torch.nn.functional.relu(x[:n], inplace=True)),
+        ("inplace-relu", "NX203", lambda x, n: torch.nn.functional.relu(x[:n], inplace=True)),
         ("random", "NX203", lambda x, n: x[:n].uniform_()),
         ("argmax-not-prefix", "NX203", lambda x, n: x[n:].argmax(0)),
         ("element", "NX203", lambda x, n: x[:n][0]),
@@ -680,6 +777,24 @@ def test_what_eager_refuses_is_refused_alike(error: type[Exception], model: Mode
         capture(model, torch.randn(4, 4), t(2))
 
 
+def test_a_window_may_not_leave_the_model() -> None:
+    session = Session()
+
+    class Returns(Shell):
+        def forward(self, x: Tensor, n: Tensor) -> Any:
+            outputs = super().forward(x, n)
+            check_outputs(session, outputs)
+            return outputs
+
+    def model(x: Tensor, n: Tensor) -> dict[str, Any]:
+        part = x[:n]  # marker: escapes
+        return {"part": part, "x": x}
+
+    with pytest.raises(CaptureError, match="an output needs the size"), torch.no_grad():
+        torch.export.export(Returns(model, session), (torch.randn(4), t(2)), strict=False)
+    assert [(f.code, f.location.line) for f in session.errors] == [("NX203", line_of("marker: escapes"))]
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -697,7 +812,7 @@ def test_gradients_do_not_see_what_lies_outside_the_window() -> None:
     for n in (0, 1, 2):
         grads = []
         for fn in (model, program.module()):
-            inputs = (x[:3].clone() if False else x.clone()).requires_grad_(), t(1.0, torch.float32).requires_grad_()
+            inputs = x.clone().requires_grad_(), t(1.0, torch.float32).requires_grad_()
             value = fn(*inputs, t(n))
             grads.append(torch.autograd.grad(value, inputs))
         assert compare(grads[0], grads[1], kind="close", max_abs=1e-6).ok, (n, grads)
@@ -717,7 +832,9 @@ def test_no_grad_regions_leave_no_higher_order_op_and_detach_in_training() -> No
     assert not any("grad_enabled" in str(n.target) for n in program.graph.nodes)
     assert compare(model(*inputs), program.module()(*inputs)).ok
 
-    program = torch.export.export(Shell(model, Session(), training=True), tuple(i.requires_grad_() for i in inputs), strict=False)
+    program = torch.export.export(
+        Shell(model, Session(), training=True), tuple(i.requires_grad_() for i in inputs), strict=False
+    )
     assert not any("grad_enabled" in str(n.target) for n in program.graph.nodes)
     grads = [torch.autograd.grad(fn(*inputs).sum(), inputs) for fn in (model, program.module())]
     assert compare(grads[0], grads[1]).ok
@@ -774,7 +891,6 @@ def test_other_machinery_goes_on_working() -> None:
             with torch._C.DisableTorchFunctionSubclass():
                 y = y + x
             y = torch.nn.functional.scaled_dot_product_attention(y[None], y[None], y[None])[0]
-            y = torch.func.jvp(torch.sin, (y,), (y,))[1] if False else y
             y = y.clone()
             y[:n] = 0
             return y
@@ -799,6 +915,18 @@ def test_eager_tensors_are_left_alone() -> None:
 
 def test_golden_graph() -> None:
     """Given: ``y[:n] = v``. Result: comparisons of ``arange`` and one ``where``."""
-    program, _ = capture(write(lambda y, n, v: y.__setitem__(slice(None, n), v)), torch.randn(4, 3), t(2), torch.randn(3))
+    program, _ = capture(
+        write(lambda y, n, v: y.__setitem__(slice(None, n), v)), torch.randn(4, 3), t(2), torch.randn(3)
+    )
     ops = [str(n.target).removeprefix("aten.") for n in program.graph.nodes if n.op == "call_function"]
-    assert ops == ["clone.default", "arange.default", "lt.Scalar", "add.Tensor", "where.self", "lt.Tensor", "view.default", "where.self", "copy.default"]
+    assert ops == [
+        "clone.default",
+        "arange.default",
+        "lt.Scalar",
+        "add.Tensor",
+        "where.self",
+        "lt.Tensor",
+        "view.default",
+        "where.self",
+        "copy.default",
+    ]

@@ -180,14 +180,19 @@ class Finiteness:
             return replace(facts, negative_zero=False) if inside else Facts(low, high, False, False)
         if not dtype.is_floating_point:
             return UNKNOWN
-        limit = torch.finfo(dtype).max * (1 - 2**-4)  # room for the rounding of the bound itself
-        low = facts.low if facts.low >= -limit else -_INF
-        high = facts.high if facts.high <= limit else _INF
+        low, high = _rounded(facts.low, -_INF, dtype), _rounded(facts.high, _INF, dtype)
         # Formats without infinities overflow to nan.
-        overflows = (low, high) != (facts.low, facts.high) and dtype.itemsize == 1
-        return replace(
-            facts, low=low, high=high, nan=facts.nan or overflows, negative_zero=facts.negative_zero or facts.low < 0
-        )
+        overflows = dtype.itemsize == 1 and (math.isinf(low) or math.isinf(high))
+        negative_zero = facts.negative_zero or facts.low < 0
+        return replace(facts, low=low, high=high, nan=facts.nan or overflows, negative_zero=negative_zero)
+
+
+def _rounded(bound: float, outwards: float, dtype: torch.dtype) -> float:
+    """A bound after rounding to a float dtype, which is monotone; ``bound`` itself may be a double's rounding off."""
+    if bound == 0 or math.isinf(bound):
+        return bound
+    rounded = torch.tensor(math.nextafter(bound, outwards), dtype=torch.float64).to(dtype).item()
+    return outwards if math.isnan(rounded) else rounded
 
 
 @_rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "clone", "alias", "detach", "expand",
@@ -314,14 +319,14 @@ def _clamp(node: fx.Node, of: Of) -> Facts:
 @_rule("sigmoid")
 def _sigmoid(node: fx.Node, of: Of) -> Facts:
     source = of(node.args[0])
-    return Facts(0, 1, source.nan, False, source.premises)
+    return Facts(0, 1.001, source.nan, False, source.premises)
 
 
 @_rule("softmax", "_softmax")
 def _softmax(node: fx.Node, of: Of) -> Facts:
     """A row of ``-inf``, or an ``inf``, makes nan."""
     source = of(node.args[0])
-    return Facts(0, 1, not source.finite, False, source.premises)
+    return Facts(0, 1.001, not source.finite, False, source.premises)
 
 
 @_rule("exp")

@@ -16,7 +16,7 @@ from nxfx.graph import meta
 
 aten = torch.ops.aten
 
-NARROW = {d: dtype_rules.narrow(d) for d in (torch.float64, torch.complex128)}
+_WIDE = (torch.float64, torch.complex128)
 _LARGEST = torch.finfo(torch.float32).max
 _FILLS = {
     aten.full.default: 1,
@@ -55,7 +55,7 @@ def _rounds(user: fx.Node, node: fx.Node, is_fp32: bool) -> bool:
         return _takes(meta.dtype_of(user), is_fp32)
     if user.target in PRESERVING_VIEWS:
         return bool(user.users) and all(_rounds(u, user, is_fp32) for u in user.users)
-    if user.target not in POINTWISE or node.meta["val"].dim() != 0 or meta.dtype_of(user) in NARROW:
+    if user.target not in POINTWISE or node.meta["val"].dim() != 0 or meta.dtype_of(user) in _WIDE:
         return False
     others = [n.meta["val"] for n in user.all_input_nodes if n is not node and meta.is_tensor(n)]
     return any(o.dim() > 0 and _takes(o.dtype, is_fp32) for o in others)

@@ -68,8 +68,12 @@ class _Growth:
             self.backwards(node)
             for user in node.users:
                 member = self.members.get(user)
-                if member is not None and member.low is not None and member.family is not Family.FACTORY:
+                if member is None or member.family is Family.FACTORY:
+                    continue
+                if member.low is not None:
                     pending.append(user)
+                else:
+                    self.backwards(user)  # float32 already: what it is combined with should be as good
 
     def backwards(self, seed: fx.Node) -> None:
         pending = [seed]

@@ -54,24 +54,23 @@ def _refined(ranges: Ranges, where: fx.Node) -> dict[fx.Node, Interval] | None:
         bounds = ranges.read(branch)
         if bounds is None:
             return None
-        if not fits(bounds, INT32) and isinstance(branch, fx.Node):
-            constraint = _constraint(ranges, condition, holds)
-            if constraint is None:
-                return None
-            chain = _chain(branch, constraint[0])
-            if chain is None:
+        constraint = _constraint(ranges, condition, holds)
+        if constraint is not None and branch is constraint[0]:
+            results += [constraint[1]] if constraint[1] is not None else []
+        elif fits(bounds, INT32) or not isinstance(branch, fx.Node):
+            results.append(bounds)
+        else:
+            chain = _chain(branch, constraint[0]) if constraint is not None else None
+            if constraint is None or chain is None:
                 return None
             found = _evaluate(ranges, chain, *constraint)
-            if constraint[1] is not None:
-                results.append(found.get(branch, constraint[1]))
+            results += [found[branch]] if constraint[1] is not None else []
             readers = {where}
             for node in reversed(chain):
                 if all(u in readers or u.target in _TEMPLATES for u in node.users):
                     readers.add(node)
                     if node in found:
                         inside[node] = join(found[node], inside.get(node, found[node]))  # read on both sides: either holds
-        else:
-            results.append(bounds)
     return {where: join(*results), **inside} if results else None
 
 

@@ -1,8 +1,8 @@
 """What integer index tensors select: which index an axis in order, which hold one position, which never repeat.
 
-A write through integer indices becomes a mask when every written element has one writer, or when all its writers write the
-same value. :func:`read_index_write` brings ``index_put``, ``index_copy``, ``index_fill``, ``index_add``, ``scatter`` and
-``diagonal_scatter`` to one form; :class:`Indices` holds the proofs.
+A write through integer indices becomes a mask when every written element has one writer, or when all its writers
+write the same value. :func:`read_index_write` brings ``index_put``, ``index_copy``, ``index_fill``, ``index_add``,
+``scatter`` and ``diagonal_scatter`` to one form; :class:`Indices` holds the proofs.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import fx
 from nxfx.analysis.finiteness import Finiteness
 from nxfx.analysis.provenance import Role, Source
 from nxfx.analysis.uniform import UniformValues, as_dtype
-from nxfx.analysis.views import COPIES, RESHAPES, argument, unit_dims
+from nxfx.analysis.views import COPIES, RESHAPES, argument, slice_step, unit_dims
 from nxfx.graph import meta
 from nxfx.graph.index_masks import IndexWrite, Label, Ramp, Target, is_free
 from nxfx.graph.masks import has_shape, is_one
+from nxfx.graph.regions import Region
 from nxfx.graph.slices import Extent, is_known, is_static
 
 aten = torch.ops.aten
@@ -191,15 +192,29 @@ def _scaled(indices: Indices, node: fx.Node) -> Ramp | None:
     return Ramp(ramp.dim, ramp.start * factor, ramp.step * factor, ramp.count)
 
 
+def _sliced(indices: Indices, node: fx.Node) -> Ramp | None:
+    args: Any = node.args
+    ramp = _kept(indices, node)
+    region = ramp and slice_step(node, Region.whole(meta.val(args[0]).shape))
+    if ramp is None or region is None or ramp.offset is not None:
+        return None
+    extent = region.axes[ramp.dim]
+    if isinstance(extent, Extent):
+        return Ramp(ramp.dim, ramp.start + extent.start * ramp.step, ramp.step * extent.step, extent.count)
+    return ramp if extent is None else None
+
+
 _RAMP_RULES: dict[Any, Any] = {
     **dict.fromkeys((*COPIES, aten._to_copy.default), _kept),
     **dict.fromkeys(RESHAPES, _reshaped),
     aten.expand.default: _expanded,
+    aten.slice.Tensor: _sliced,
     aten.add.Tensor: _shifted,
     aten.mul.Tensor: _scaled,
 }
 
-# --- the normal form ---------------------------------------------------------------------------------------------------
+# --- the normal form
+# ---------------------------------------------------------------------------------------------------
 
 
 def read_index_write(node: fx.Node, indices: Indices, uniform: UniformValues) -> IndexWrite | str:

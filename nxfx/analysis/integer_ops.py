@@ -39,11 +39,13 @@ class IntegerRule:
         result: see :class:`Result`.
         index: positions of arguments that are indices: int32 or int64, whatever the values are.
         forced: for a multi-output op, the outputs that are int64 whatever comes in; the others follow the values.
+        composite: made of other ops, some of which may accumulate in int64: only evaluation tells.
     """
 
     result: Result = Result.FOLLOWS
     index: tuple[int, ...] = ()
     forced: frozenset[int] = frozenset()
+    composite: bool = False
 
 
 RULES: dict[Any, IntegerRule] = {}
@@ -75,14 +77,15 @@ CHOICES = frozenset(overloads("where"))
 # On CPU, an index that is expanded along dims other than the first (strides 0) is read as int64: gather gives other rows without
 # a word, scatter_add and scatter_reduce raise (torch 2.9 and 2.13).
 EXPANDED_INDEX = frozenset({aten.gather.default, aten.scatter_add.default, aten.scatter_reduce.two})
+READS_MEMORY = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 METADATA_ASSERT = aten._assert_tensor_metadata.default
 
 _add(IntegerRule(), *POINTWISE, *PRESERVING_VIEWS, *SELECTIONS)
 _add(
     IntegerRule(),
     *overloads("tril", "triu", "cat", "concat", "stack", "hstack", "vstack", "masked_fill", "masked_scatter", "copy", "fill", "pad",
-               "constant_pad_nd", "slice_scatter", "select_scatter", "diagonal_scatter", "as_strided_scatter", "mm", "bmm", "mv", "dot",
-               "mean", "any", "all", "repeat_interleave", "isin", "type_as", "meshgrid", "diff", "einsum", "matmul", "outer", "item", "_local_scalar_dense", "_assert_async", "_assert_scalar"),
+               "constant_pad_nd", "slice_scatter", "select_scatter", "diagonal_scatter", "mm", "bmm", "mv", "dot",
+               "mean", "any", "all", "repeat_interleave", "isin", "type_as", "meshgrid", "diff", "matmul", "outer", "item", "_local_scalar_dense", "_assert_async", "_assert_scalar"),
     aten.max.default, aten.min.default, aten.median.default, aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default,
     aten.sym_stride.int, aten.sym_stride.default, operator.getitem,
 )  # fmt: skip
@@ -95,6 +98,7 @@ _add(IntegerRule(index=(1,)), *overloads("index", "_unsafe_index", "index_put", 
 _add(IntegerRule(index=(2,)), *overloads("gather", "index_select", "scatter", "scatter_add", "scatter_reduce", "index_add"))
 _add(IntegerRule(index=(1, 2)), *overloads("_embedding_bag", "_embedding_bag_forward_only"))
 
+_add(IntegerRule(composite=True), *overloads("einsum"))
 _add(IntegerRule(Result.CAST), aten._to_copy.default)
 _add(
     IntegerRule(Result.FACTORY),
@@ -160,6 +164,11 @@ def set_argument(node: fx.Node, key: int | str, value: Any) -> None:
         node.update_kwarg(key, value)
 
 
+def demands_int64(node: fx.Node) -> bool:
+    """Whether ``node`` takes its integers as int64 only, as far as is known."""
+    return node.target not in RULES or isinstance(node.kwargs.get("sorter"), fx.Node)
+
+
 def is_forced(node: fx.Node) -> bool:
     """Whether ``node``'s schema makes it int64: an index producer, or the index output of one."""
     rule = RULES.get(node.target)
@@ -167,4 +176,4 @@ def is_forced(node: fx.Node) -> bool:
         source = node.args[0]
         rule = RULES.get(source.target) if isinstance(source, fx.Node) else None
         return rule is not None and node.args[1] in rule.forced
-    return rule is not None and rule.result is Result.FORCED
+    return rule is not None and (rule.result is Result.FORCED or rule.composite)

@@ -95,6 +95,9 @@ class Ranges:
 
     # --- what passes ask -------------------------------------------------------------------------------------------
 
+    def __contains__(self, node: fx.Node) -> bool:
+        return node in self._assumed
+
     def of(self, node: fx.Node) -> Interval | None:
         """Inclusive bounds of every element of an integer or bool tensor, SymInt or int node, undeclared inputs in int32.
 

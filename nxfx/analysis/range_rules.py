@@ -100,10 +100,11 @@ PRESERVING_VIEWS = frozenset(
 # ``aten.view.dtype`` reads other bits.
 PRESERVING_VIEWS -= {aten.view.dtype, aten.view_copy.dtype}
 
-# Ops whose result holds some elements of their first argument, unchanged, and no other.
+# Ops whose result holds some elements of their first argument, unchanged, and no other. Not ``as_strided``: it reads the memory
+# around a view.
 SELECTIONS = overloads(
     "expand", "expand_copy", "broadcast_to", "slice", "slice_copy", "select", "select_copy", "narrow", "narrow_copy", "diagonal",
-    "diagonal_copy", "as_strided", "as_strided_copy", "unfold", "unfold_copy", "repeat", "tile", "index_select", "gather", "index",
+    "diagonal_copy", "unfold", "unfold_copy", "repeat", "tile", "index_select", "gather", "index",
     "_unsafe_index", "take", "take_along_dim", "masked_select", "sort", "msort", "split", "split_with_sizes", "unbind", "chunk",
     "tensor_split", "split_copy", "split_with_sizes_copy", "unbind_copy", "amax", "amin", "cummax", "cummin", "expand_as", "view_as",
     "reshape_as", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "embedding",
@@ -384,8 +385,8 @@ def _clamp(node: fx.Node, ranges: Ranges) -> Bounds:
 
 
 def _all_bits(*bounds: Interval) -> int:
-    """The smallest 2**k - 1 that is not below any magnitude."""
-    return (1 << max(max(abs(low), abs(high)) for low, high in bounds).bit_length()) - 1
+    """The smallest 2**k - 1 such that everything lies in [-2**k, 2**k - 1]."""
+    return (1 << max((v if v >= 0 else ~v).bit_length() for pair in bounds for v in pair)) - 1
 
 
 @_rule(*overloads("bitwise_and", "__and__"))

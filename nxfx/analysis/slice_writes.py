@@ -1,8 +1,8 @@
 """Chains of view writes read as one write: ``x[a][b] = v`` is one region of ``x`` and one value.
 
 In a functional graph a write through nested views is a chain of scatters, each into the matching view of the same base:
-``slice_scatter(x, select_scatter(slice(x), fill(select(slice(x)))))``. The chain is followed inwards only where the inner base
-provably shows the region that the outer scatter writes; anything else is a value like any other.
+``slice_scatter(x, select_scatter(slice(x), fill(select(slice(x)))))``. The chain is followed inwards only where the
+inner base provably shows the region that the outer scatter writes; anything else is a value like any other.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ def permutation(node: fx.Node) -> list[int]:
 
 
 def unit_dims(node: fx.Node) -> list[int | None] | None:
-    """Of a node that only adds or removes dims of size 1: for each dim of the result the dim of the operand, None for a new one.
+    """Of a node that only adds or removes dims of size 1: for each dim of the result the dim of the operand, None for
+    a new one.
 
     None for a node that does something else.
     """

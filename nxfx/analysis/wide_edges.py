@@ -39,8 +39,8 @@ def _kind(node: fx.Node, user: fx.Node) -> str:
         return "assertion"
     if source:
         return "boundary" if _casts_down(user) else "edge"
-    made = integer_ops.is_forced(node) or node.target not in integer_ops.RULES
-    taken = user.target not in integer_ops.RULES
+    made = integer_ops.is_forced(node) or integer_ops.demands_int64(node)
+    taken = integer_ops.demands_int64(user)
     return "forced" if (made and (taken or _casts_down(user))) or (_casts_up(node) and taken) else "edge"
 
 

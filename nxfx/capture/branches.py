@@ -1,13 +1,14 @@
 """Branches and reads: every place where Python asks a tensor for its value while the model is captured.
 
-``bool(tensor)`` (``if``, ``while``, ``assert``, ``and``, ``or``, ``not``, ``in``), ``torch.equal``, ``torch.allclose`` and
-``torch._assert`` are answered by an oracle: from ``Session.decisions``, else ``True``, so that one run sees every site. The
-condition is cloned at that moment, since the model may write it later. An assertion, or an ``if`` that does nothing but
-raise, is told that all is well and reported (NX407).
+``bool(tensor)`` (``if``, ``while``, ``assert``, ``and``, ``or``, ``not``, ``in``), ``torch.equal``, ``torch.allclose``
+and ``torch._assert`` are answered by an oracle: from ``Session.decisions``, else ``True``, so that one run sees every
+site. The condition is cloned at that moment, since the model may write it later. An assertion, or an ``if`` that does
+nothing but raise, is told that all is well and reported (NX407).
 
-``.item()`` and ``.tolist()`` go on with a symbol, as torch has it. ``int(t)``, ``float(t)``, ``complex(t)``, ``range(t)``,
-``list[t]`` and ``.numpy()`` are seen but cannot be answered, since Python insists on a real number: NX402 at the user's line.
-Literals such as ``torch.tensor(True)`` and conditions on shapes are left to torch.
+``.item()`` and ``.tolist()`` go on with a symbol, as torch has it; an ``if`` on that is a branch like the others.
+``int(t)``, ``float(t)``, ``complex(t)``, ``range(t)``, ``list[t]`` and ``.numpy()`` are seen but cannot be answered,
+since Python insists on a real number: NX402 at the user's line. Literals such as ``torch.tensor(True)`` and conditions
+on shapes are left to torch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import ast
 import functools
 import itertools
 import linecache
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -25,13 +27,13 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from nxfx.capture import trace
-from nxfx.capture.session import Session, Site, location_of
+from nxfx.capture import symbols, trace
+from nxfx.capture.session import Session, Site, rank_of
 from nxfx.errors import CaptureError
 from nxfx.report.findings import Finding, Severity, merge
 from nxfx.report.report import Report
 
-# An `if` inside a `while True` may be the loop's only way out; a `for` over layers repeats a line without being endless.
+# An `if` in a `while True` may be its only way out; a `for` over layers repeats a line without being endless.
 _REPEAT_CAP = 1024
 
 _FIXES = {
@@ -39,36 +41,51 @@ _FIXES = {
     "equal": "compare without leaving the device: (a == b).all(), and choose with torch.where",
     "allclose": "compare without leaving the device: torch.isclose(a, b).all(), and choose with torch.where",
 }
-_FIX = "compute both sides and choose: torch.where(condition, a, b); or decide with a Python flag before the model is compiled"
+_FIX = (
+    "compute both sides and choose: torch.where(condition, a, b); "
+    "or decide with a Python flag before the model is compiled"
+)
 
 
 # --- the oracle ------------------------------------------------------------------------------------------------------
 
 
-def _decide(session: Session, kind: str, condition: torch.Tensor) -> bool:
+def _decide(session: Session, kind: str, condition: torch.Tensor | None) -> bool:
     """Record a branch on ``condition`` (one element) and answer it."""
     frames = session.frames()
     innermost = frames[0] if frames else None
     statement, natural = ("bool", None) if innermost is None else _statement(innermost)
-    kind = statement if kind == "bool" else kind
-    own = condition.clone() if condition.dtype is torch.bool else condition != 0
-    site = Site(kind, session.location(), location_of(innermost), own.reshape(()) if own.ndim else own)
+    site = session.site(statement if kind == "bool" else kind, _own(condition))
     if natural is not None:
-        site.kind, site.answer = "assert", natural
-        session.assertions.append(site)
-        session.note(
-            "NX407",
-            Severity.WARNING,
-            "a check reads a tensor's value: the captured graph takes it to hold and does not check",
-            "check the value on the host before the call, or declare a range for the input",
-        )
-        return natural
+        site.kind = "assert"
+        return _take_to_hold(session, site, natural)
     number = len(session.sites)
     site.answer = bool(session.decisions[number]) if number < len(session.decisions) else True
     session.sites.append(site)
     if innermost is not None:
         _cap(session, site, innermost)
     return site.answer
+
+
+def _own(condition: torch.Tensor | None) -> torch.Tensor | None:
+    """A 0-d bool tensor that nobody else can write."""
+    if condition is None:
+        return None
+    own = condition.clone() if condition.dtype is torch.bool else condition != 0
+    return own.reshape(()) if own.ndim else own
+
+
+def _take_to_hold(session: Session, site: Site, answer: bool) -> bool:
+    site.answer = answer
+    session.assertions.append(site)
+    session.note(
+        "NX407",
+        Severity.WARNING,
+        "a check reads a tensor's value: the captured graph takes it to hold and does not check",
+        "check the value on the host before the call, or declare a range for the input",
+        site.location,
+    )
+    return answer
 
 
 def _cap(session: Session, site: Site, frame: FrameType) -> None:
@@ -79,7 +96,9 @@ def _cap(session: Session, site: Site, frame: FrameType) -> None:
     session.repetitions[place] = (frame, count)
     cap = session.loop_cap if site.kind == "while" else _REPEAT_CAP
     if count > 2 * cap:
-        raise session.refuse("NX401", "a loop that a tensor ends", f"no answer ends this loop after {count} rounds", _FIXES["while"])
+        raise session.refuse(
+            "NX401", "a loop that a tensor ends", f"no answer ends this loop after {count} rounds", _FIXES["while"]
+        )
     if count > cap:
         site.exhausted, site.answer = True, not site.answer
 
@@ -185,25 +204,20 @@ def _on_assert(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
     condition = args[0] if args else kwargs["condition"]
     if not trace.is_unknown(condition) or condition.numel() != 1:
         return function(*args, **kwargs)
-    own = condition.clone().reshape(())
-    session.assertions.append(Site("assert", session.location(), location_of((session.frames() or [None])[0]), own, True))
-    session.note(
-        "NX407",
-        Severity.WARNING,
-        "a check reads a tensor's value: the captured graph takes it to hold and does not check",
-        "check the value on the host before the call, or declare a range for the input",
-    )
+    _take_to_hold(session, session.site("assert", _own(condition)), True)
     return None
 
 
 def _on_item(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = function(*args, **kwargs)
-    symbols = [v for v in pytree.tree_leaves(result) if trace.is_unbacked(v)]
-    if symbols:
-        name = function.__name__
-        session.reads.append(Site(name, session.location(), location_of((session.frames() or [None])[0])))
-        if name == "item":
-            session.item_sources[str(result.node.expr)] = (args[0], args[0]._version)
+    unbacked = [v for v in pytree.tree_leaves(result) if trace.is_unbacked(v)]
+    if unbacked:
+        session.reads.append(session.site(function.__name__))
+        symbols.watch(
+            session, unbacked[0].node.shape_env, lambda e: _decide(session, "bool", symbols.condition_of(session, e))
+        )
+        if result is unbacked[0]:
+            symbols.remember(session, result, args[0])
     return result
 
 
@@ -216,7 +230,7 @@ def _on_number(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
         "NX402",
         f"{spelled} of a tensor",
         f"{spelled} takes a tensor's value to Python, where it cannot be traced",
-        "stay with tensors: a 0-d tensor serves in arithmetic, torch.where, x[i] and x[:n]; .item() gives torch a symbol",
+        "stay with tensors: a 0-d tensor serves in arithmetic, torch.where, x[i] and x[:n]",
     )
 
 
@@ -252,7 +266,9 @@ def unresolved(session: Session) -> list[Finding]:
     """One finding for each line that branches on a tensor's value, in order of execution."""
     findings = []
     for site in session.sites:
-        kind = {"bool": "bool() of a tensor", "equal": "torch.equal", "allclose": "torch.allclose"}.get(site.kind, f"{site.kind} on a tensor's value")
+        kind = {"bool": "bool() of a tensor", "equal": "torch.equal", "allclose": "torch.allclose"}.get(
+            site.kind, f"{site.kind} on a tensor's value"
+        )
         message = f"{kind}: the trace follows one side, whatever the value is at run time"
         if site.innermost != site.location:
             message += f" (read in {site.innermost}: {site.innermost.source})"
@@ -264,70 +280,83 @@ def unresolved(session: Session) -> list[Finding]:
 def refusal(session: Session, model_name: str) -> CaptureError:
     """One error for everything that was seen: branches that stay, and constructs that were refused."""
     findings = merge([*unresolved(session), *session.errors])
-    lines = [f"{f.location}: {f.location.source}\n    {f.code} {f.message}" + (f"\n    Write instead: {f.fix}" if f.fix else "") for f in findings]
-    what = f"{len(findings)} places where a tensor's value decides" if len(findings) > 1 else "a place where a tensor's value decides"
+    lines = [
+        f"{f.location}: {f.location.source}\n    {f.code} {f.message}"
+        + (f"\n    Write instead: {f.fix}" if f.fix else "")
+        for f in findings
+    ]
+    what = (
+        f"{len(findings)} places where a tensor's value decides"
+        if len(findings) > 1
+        else "a place where a tensor's value decides"
+    )
     kinds = dict.fromkeys(f"{s.kind} on a tensor's value" for s in session.sites)
     report = Report(findings=merge([*findings, *session.findings]))
     return CaptureError(
-        f"{model_name} cannot be captured: {what}\n  " + "\n  ".join(lines), construct=", ".join(kinds) or "a refused construct", report=report
+        f"{model_name} cannot be captured: {what}\n  " + "\n  ".join(lines),
+        construct=", ".join(kinds) or "a refused construct",
+        report=report,
     )
 
 
 # --- guards on data-dependent sizes ----------------------------------------------------------------------------------
 
 
-def note_stated_guards(session: Session) -> None:
-    """Remember the conditions on data-dependent numbers that the model states itself, with ``torch._check``."""
+# Symbolic environment of a capture → the conditions that the model stated in it.
+_STATED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+
+
+def note_stated_guards() -> None:
+    """Remember the conditions on data-dependent numbers that the model states itself, with ``torch._check``.
+
+    To be called while the trace is running: afterwards torch forgets where they came from.
+    """
     mode = trace.fake_mode()
     environment = mode.shape_env if mode is not None else None
     for asserts in environment.deferred_runtime_asserts.values() if environment is not None else ():
         for stated in asserts:
             if _is_stated(list(stated.stack.summary())):
-                session.stated_guards.add(_canonical(stated.expr))
+                _STATED.setdefault(environment, set()).add(_canonical(stated.expr))
 
 
 def _is_stated(frames: list[Any]) -> bool:
-    """Whether the model calls ``torch._check`` and friends: torch's own operators call it too, on the model's behalf."""
-    from nxfx.capture.session import _rank
-
+    """Whether the model itself calls ``torch._check`` or a friend of it; torch's own operators do so too."""
     for caller, called in zip(frames, frames[1:], strict=False):
-        if called.name.startswith("_check") and called.filename == torch.__file__ and _rank(caller.filename):
+        if called.name.startswith("_check") and called.filename == torch.__file__ and rank_of(caller.filename):
             return True
     return False
 
 
-def invented_guards(program: torch.export.ExportedProgram, session: Session | None = None) -> list[str]:
+def invented_guards(program: torch.export.ExportedProgram) -> list[str]:
     """Conditions on data-dependent numbers that ``torch.export`` added and the model neither states nor implies.
 
-    Every operator implies that sizes are not negative and that slices fit, and views that sizes divide; those are not
-    listed. What is listed makes the graph refuse inputs that eager takes, such as ``u6 >= 3`` for ``y[:n] -= 5``.
-
-    Args:
-        session: knows which conditions the model stated with ``torch._check``; without it those are listed as well,
-            unless they stand on a line that says ``_check``.
+    Every operator implies that sizes are not negative and that slices fit, a view that sizes divide, a split that they
+    add up; those are not listed, and neither is what the model stated with ``torch._check`` under interception, or on a
+    line that says ``_check``. What is listed makes the graph refuse inputs that eager takes, such as ``u6 >= 3`` for
+    ``y[:n] -= 5``.
     """
-    stated = session.stated_guards if session is not None else set()
     listed: dict[str, None] = {}
-    for expression, trace_of in _guards(program):
-        if _canonical(expression) not in stated and not _is_implied(expression) and "_check" not in trace_of:
+    for symbol, expression, stack_trace in _guards(program):
+        stated = _STATED.get(symbol.node.shape_env, ())
+        if _canonical(expression) not in stated and not _is_implied(expression) and "_check" not in stack_trace:
             listed[str(expression)] = None
     return list(listed)
 
 
-def _guards(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, str]]:
+def _guards(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, Any, str]]:
     aten = torch.ops.aten
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            trace_of = node.meta.get("stack_trace") or ""
-            if node.target is aten._assert_scalar.default:
-                value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else node.args[0]
-                if isinstance(value, torch.SymBool):
-                    yield value.node.expr, trace_of
+            if node.op != "call_function" or not node.args:
+                continue
+            value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else node.args[0]
+            stack_trace = node.meta.get("stack_trace") or ""
+            if node.target is aten._assert_scalar.default and isinstance(value, torch.SymBool):
+                yield value, value.node._expr, stack_trace
             elif node.target in (aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default):
-                value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else node.args[0]
                 low = node.kwargs.get("min")
                 if isinstance(value, torch.SymInt) and low is not None and low > 0:
-                    yield value.node.expr >= low, trace_of
+                    yield value, value.node._expr >= low, stack_trace
 
 
 def _canonical(expression: Any) -> str:
@@ -335,11 +364,22 @@ def _canonical(expression: Any) -> str:
 
 
 def _is_implied(expression: Any) -> bool:
-    if isinstance(expression, sympy.Eq):
-        return expression.has(Mod, PythonMod, FloorDiv)
+    if expression in (True, sympy.true):
+        return True
+    if isinstance(expression, sympy.Eq):  # a view's sizes divide, the pieces of a split add up
+        return expression.has(Mod, PythonMod, FloorDiv) or any(
+            side.is_Add and _is_free(other) for side, other in _both_ways(expression)
+        )
     if not isinstance(expression, (sympy.Ge, sympy.Gt, sympy.Le, sympy.Lt)):
         return False
     # 0 <= u, or u <= a limit that does not depend on data.
-    return bool(expression.lts.is_number and expression.lts <= 0) or not any(
-        str(symbol).startswith("u") for symbol in expression.gts.free_symbols
-    )
+    return bool(expression.lts.is_number and expression.lts <= 0) or _is_free(expression.gts)
+
+
+def _is_free(expression: Any) -> bool:
+    """Whether no data-dependent number is in it."""
+    return not any(str(symbol).startswith(("u", "zuf")) for symbol in expression.free_symbols)
+
+
+def _both_ways(expression: Any) -> list[tuple[Any, Any]]:
+    return [(expression.lhs, expression.rhs), (expression.rhs, expression.lhs)]

@@ -1,7 +1,7 @@
-"""From what ``torch.export`` raises to one :class:`~nxfx.errors.CaptureError`: which construct, on which line, what instead.
+"""From what ``torch.export`` raises to one :class:`~nxfx.errors.CaptureError`: which construct, where, what instead.
 
-Tracers fail far from the cause and in their own terms. Here the exception says which *family* it belongs to, and the syntax
-at the model's innermost frame which construct it is. What is not known is told as such, with the user's line.
+Tracers fail far from the cause and in their own terms. Here the exception says which *family* it belongs to, and the
+syntax at the model's innermost frame which construct it is. What is not known is told as such, with the user's line.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def lost_tensor(program: torch.export.ExportedProgram, *, model_name: str = "") 
     """A tensor that is computed in forward but stands in ``program`` as a constant without data.
 
     ``x.data``, for example: torch 2.9, and strict export on 2.13, give a graph that does not read ``x`` at all, and
-    ``run_decompositions`` on it ends the process. Ask before that. A model made of fake tensors has fake constants of its
-    own: nothing can be told there.
+    ``run_decompositions`` on it ends the process. Ask before that. A model made of fake tensors has fake constants of
+    its own: nothing can be told there.
     """
     if any(isinstance(tensor, FakeTensor) for tensor in program.state_dict.values()):
         return None
@@ -133,7 +133,9 @@ def _text(error: BaseException) -> str:
 
 def _is_own(error: BaseException) -> bool:
     """Raised by the model on its own account, not because it saw a tracer's stand-in for a tensor or a number."""
-    return not type(error).__module__.startswith("torch") and not re.search(r"FakeTensor|\bSym(Int|Float|Bool)", str(error))
+    return not type(error).__module__.startswith("torch") and not re.search(
+        r"FakeTensor|\bSym(Int|Float|Bool)", str(error)
+    )
 
 
 def _unknown(error: BaseException) -> Diagnosis:
@@ -146,8 +148,8 @@ def _unknown(error: BaseException) -> Diagnosis:
 
 _DATA = re.compile(
     r"^(GuardOnDataDependentSymNode|DataDependentOutputException|DynamicOutputShapeException|PendingUnbackedSymbolNotFound)"
-    r"|data-dependent|Data-dependent branching|Data dependent operator|Dynamic slicing with Tensor|Indexing list with non"
-    r"|builtin operator `\w+` with argument types \[[^\]]*Tensor|\.numpy\(\) is not supported|Tensor\.tolist\(\) with"
+    r"|data-dependent|Data-dependent branching|Data dependent operator|Dynamic slicing with Tensor"
+    r"|Indexing list with non|builtin operator `\w+` with argument types \[[^\]]*Tensor|\.numpy\(\) is not supported|Tensor\.tolist\(\) with"
     r"|unsupported format string passed to (Fake|Sym)|unhashable type: .*Sym|of ints,\s*but got FakeTensor"
     r"|(max|min)imum\(\) missing"
 )

@@ -19,7 +19,8 @@ from nxfx.analysis.provenance import Source
 from nxfx.capture import branches, errors, normalise
 from nxfx.capture.frames import whole_traces
 from nxfx.capture.interception import Session, interception
-from nxfx.capture.shell import Convention, Shell, bind, parameter_names
+from nxfx.capture.shell import Convention, RegisteredMisfit, Shell, bind, parameter_names
+from nxfx.capture.outside import OutsideState, foreign_tensors
 from nxfx.capture.state import ModuleState, writing_line
 from nxfx.capture.strict import StrictShell, export_strict
 from nxfx.capture.structure import Flat, Path, flatten, leaf_names
@@ -98,6 +99,9 @@ def capture(
     """
     args, kwargs, positional = bind(model, args, kwargs or {})
     flat = flatten((args, kwargs), share=True)
+    scripted = [n or type(model).__name__ for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
+        raise CaptureError(f"{scripted[0]!r} is a TorchScript module: use the nn.Module that it was made from", construct="TorchScript")
     convention = Convention(flat.spec, input_names(flat, positional))
     ranges = _check_ranges(ranges or {}, convention.input_names, positional + list(kwargs), model)
     state = ModuleState(model)
@@ -106,6 +110,7 @@ def capture(
     state_example = _state_example(state_inputs, flat, convention.input_names)
     shapes = _flat_dynamic_shapes(dynamic_shapes, flat, positional, convention.input_names)
 
+    outside = OutsideState(model)
     started = time.perf_counter()
     captured_by = "non-strict"
     try:
@@ -113,12 +118,15 @@ def capture(
             program = torch.export.export(shell, tuple(flat.leaves), strict=False, dynamic_shapes=shapes)
     except Exception as error:
         state.restore()
-        fallback = None if session.sites or shell.slots or training else _strictly(model, convention, flat, shapes, state)
+        _refuse_shared_memory(error, model, flat, convention.input_names)
+        hopeless = session.sites or shell.slots or training or isinstance(error, RegisteredMisfit)
+        fallback = None if hopeless else _strictly(model, convention, flat, shapes, state)
         if fallback is None:
             raise _refusal(error, session, model) from error
         (program, shell), captured_by = fallback, "strict"
     finally:
         state.restore()
+        session.findings += outside.findings()
     if session.sites:
         raise _refusal(None, session, model)
     captured = time.perf_counter()
@@ -135,6 +143,7 @@ def capture(
             construct="a size that depends on data",
             report=Report(findings=[Finding("NX409", Severity.ERROR, invented[0])]),
         )
+    session.findings += foreign_tensors(program)
     graph_module, sources, buffers, inputs = unlift(program, shell, model, convention, ranges)
     done = time.perf_counter()
     if convention.output_count == 0:
@@ -155,6 +164,26 @@ def capture(
     )
 
 
+def autocast_state() -> tuple[str, torch.dtype] | None:
+    """``(device type, dtype)`` of the active autocast."""
+    for device_type in ("cpu", "cuda", "xla"):
+        try:
+            if torch.is_autocast_enabled(device_type):
+                return device_type, torch.get_autocast_dtype(device_type)
+        except RuntimeError:  # this build of torch has no autocast for the device
+            continue
+    return None
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """No autocast in the block: the captured graph holds its casts already, and another round would add some."""
+    with contextlib.ExitStack() as stack:
+        while (active := autocast_state()) is not None:
+            stack.enter_context(torch.autocast(active[0], enabled=False))
+        yield
+
+
 class _WithoutTorchsGraphs:
     """stderr, less the graph that torch.export prints when it fails; what the model prints goes through."""
 
@@ -167,6 +196,23 @@ class _WithoutTorchsGraphs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _refuse_shared_memory(error: Exception, model: torch.nn.Module, flat: Flat, names: list[str]) -> None:
+    """Tensors that share memory make torch.export fail in its own terms, when one of them is written."""
+    if isinstance(error, CaptureError):
+        return
+    tensors = [*zip(names, flat.leaves, strict=True), *model.named_parameters(), *model.named_buffers()]
+    owners: dict[int, str] = {}
+    for name, tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_meta and tensor.numel():
+            first = owners.setdefault(tensor.untyped_storage()._cdata, name)
+            if first != name and first in names:
+                raise CaptureError(
+                    f"{type(model).__name__} cannot be captured: {first!r} and {name!r} share memory, and a tensor is written. "
+                    "Pass a clone() of one of them.",
+                    construct="arguments that share memory",
+                ) from error
 
 
 @contextlib.contextmanager
@@ -204,7 +250,8 @@ def _refusal(error: Exception | None, session: Session, model: torch.nn.Module) 
 
 
 def _normal_form(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    if normalise.needs_functionalisation(program.graph_module):
+    # Under autocast the captured ops stand as the model wrote them: only a retrace puts the casts into the graph.
+    if autocast_state() is not None or normalise.needs_functionalisation(program.graph_module):
         return program.run_decompositions({})
     normalise.normalise(program.graph_module)
     return program

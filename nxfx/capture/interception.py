@@ -1,7 +1,7 @@
 """The TorchFunctionMode that stands between the model and torch while the model is captured.
 
-It must be entered *inside* what is exported: a mode around ``torch.export.export`` comes too late, because export's own mode
-refuses first. It sees tensor methods and functions before Python takes a value: slice bounds and positions
+It must be entered *inside* what is exported: a mode around ``torch.export.export`` comes too late, because export's own
+mode refuses first. It sees tensor methods and functions before Python takes a value: slice bounds and positions
 (:mod:`~nxfx.capture.tensor_bounds`), branches and reads (:mod:`~nxfx.capture.branches`), and the grad mode.
 """
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from nxfx.capture import branches, tensor_bounds
 from nxfx.capture.session import Session, Site
+from nxfx.capture.windows import check_outputs
 from nxfx.report.findings import Severity
 
 Handler = Callable[[Session, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -38,14 +39,14 @@ class _Interception(TorchFunctionMode):
     def __enter__(self) -> Any:
         self.session.entry = sys._getframe(1)
         self.grad_at_entry = torch.is_grad_enabled()
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]  # torch's modes have no annotations
 
     def __exit__(self, *raised: Any) -> None:
-        super().__exit__(*raised)
+        super().__exit__(*raised)  # type: ignore[no-untyped-call]
         try:
             if raised[0] is None:
                 tensor_bounds.check_gathered(self.session)
-            branches.note_stated_guards(self.session)
+            branches.note_stated_guards()
         finally:
             self.session.close()
 
@@ -80,7 +81,9 @@ def _set_grad_enabled(mode: bool) -> None:
         torch._C._set_grad_enabled(mode)
 
 
-def _without_gradient(session: Session, handler: Handler | None, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _without_gradient(
+    session: Session, handler: Handler | None, function: Any, args: Any, kwargs: dict[str, Any]
+) -> Any:
     """One call inside a ``no_grad`` region of a graph that will be differentiated."""
     written = args[0] if args and _writes(function) else None
     if written is not None or kwargs.get("out") is not None:
@@ -89,7 +92,7 @@ def _without_gradient(session: Session, handler: Handler | None, function: Any, 
             session.note(
                 "NX409",
                 Severity.ERROR,
-                "a tensor that requires a gradient is written in place under no_grad: autograd would see the write in the graph",
+                "a tensor that requires a gradient is written in place under no_grad: the graph would record it",
                 "write it outside forward, or compute the new value and use that",
             )
     result = handler(session, function, args, kwargs) if handler else function(*args, **kwargs)
@@ -99,7 +102,11 @@ def _without_gradient(session: Session, handler: Handler | None, function: Any, 
 def _writes(function: Any) -> bool:
     name = getattr(function, "__name__", "")
     if name.startswith("__"):
-        return name == "__setitem__" or name.startswith("__i") and name not in ("__invert__", "__index__", "__int__", "__iter__")
+        return (
+            name == "__setitem__"
+            or name.startswith("__i")
+            and name not in ("__invert__", "__index__", "__int__", "__iter__")
+        )
     return bool(name.endswith("_"))
 
 
@@ -107,4 +114,4 @@ def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-__all__ = ["Session", "Site", "interception"]
+__all__ = ["Session", "Site", "check_outputs", "interception"]

@@ -11,7 +11,7 @@ import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes
 
-from nxfx.capture import trace
+from nxfx.capture import symbols, trace
 from nxfx.capture.session import Session
 from nxfx.report.findings import Severity
 from nxfx.report.rewrites import Kind
@@ -40,7 +40,7 @@ class Axis:
     step: int
     mask: torch.Tensor
     first: Any
-    versions: tuple[int, int]
+    versions: tuple[object, object]
 
     def at(self, dim: int) -> Axis:
         return dataclasses.replace(self, dim=dim)
@@ -69,7 +69,7 @@ def make_axis(session: Session, dim: int, size: Any, index: Any, device: torch.d
         TypeError: a bound is a tensor of another kind than one integer, as in eager.
     """
     start, stop, step = (index.start, index.stop, index.step) if isinstance(index, slice) else (index, None, 0)
-    bounds = [as_tensor(session, b) if trace.is_unbacked(b) else b for b in (start, stop)]
+    bounds = [symbols.as_tensor(session, b) if trace.is_unbacked(b) else b for b in (start, stop)]
     tensors = [b for b in bounds if isinstance(b, torch.Tensor)]
     for tensor in tensors:
         if tensor.numel() != 1 or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
@@ -78,7 +78,7 @@ def make_axis(session: Session, dim: int, size: Any, index: Any, device: torch.d
     dtype = torch.int32 if narrow else torch.int64
     positions = torch.arange(size, dtype=dtype, device=device)
     low, high = (_from_the_start(b, size, dtype, device) for b in bounds)
-    versions = (_version(start), _version(stop))
+    versions = (_version(session, start), _version(session, stop))
     if not isinstance(index, slice):
         return Axis(dim, size, start, stop, 0, positions == low, low, versions)
     step = 1 if step is None else int(step)
@@ -93,8 +93,8 @@ def make_axis(session: Session, dim: int, size: Any, index: Any, device: torch.d
     return Axis(dim, size, start, stop, step, mask, first, versions)
 
 
-def _version(bound: Any) -> int:
-    return bound._version if isinstance(bound, torch.Tensor) else 0
+def _version(session: Session, bound: Any) -> object:
+    return session.trace.version(bound) if isinstance(bound, torch.Tensor) else 0
 
 
 def _from_the_start(bound: Any, size: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -109,35 +109,9 @@ def _from_the_start(bound: Any, size: Any, dtype: torch.dtype, device: torch.dev
     return bound if unsigned else torch.where(bound < 0, bound + size, bound)
 
 
-def as_tensor(session: Session, symbol: Any) -> torch.Tensor:
-    """The 0-d integer tensor behind a number that came from ``.item()``: the arithmetic is redone on the tensor itself."""
-    return _evaluate(session, symbol.node.expr) if _is_redoable(session, symbol.node.expr) else torch.scalar_tensor(symbol, dtype=torch.int64)
-
-
-def _is_redoable(session: Session, expression: Any) -> bool:
-    if expression.is_Symbol:
-        source = session.item_sources.get(str(expression))
-        return source is not None and source[0]._version == source[1]
-    return expression.is_Integer or ((expression.is_Add or expression.is_Mul) and all(_is_redoable(session, a) for a in expression.args))
-
-
-def _evaluate(session: Session, expression: Any) -> Any:
-    if expression.is_Symbol:
-        tensor = session.item_sources[str(expression)][0]
-        tensor = tensor.reshape(()) if tensor.ndim else tensor
-        return tensor if tensor.dtype is torch.int64 else tensor.to(torch.int64)
-    if expression.is_Integer:
-        return int(expression)
-    values = [_evaluate(session, a) for a in expression.args]
-    result = values[0]
-    for value in values[1:]:
-        result = result + value if expression.is_Add else result * value
-    return result
-
-
-def is_current(axes: Iterable[Axis]) -> bool:
+def is_current(session: Session, axes: Iterable[Axis]) -> bool:
     """Whether no bound was written since its mask was made."""
-    return all((_version(a.start), _version(a.stop)) == a.versions for a in axes)
+    return all((_version(session, a.start), _version(session, a.stop)) == a.versions for a in axes)
 
 
 def joint(axes: Iterable[Axis]) -> torch.Tensor:
@@ -165,7 +139,7 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(a == b) if isinstance(a, int) and isinstance(b, int) else bool(statically_known_true(a == b))
 
 
-def _same_bound(session: Session, a: Any, b: Any, version_a: int, version_b: int) -> bool:
+def _same_bound(session: Session, a: Any, b: Any, version_a: object, version_b: object) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a is b:
             return version_a == version_b
@@ -180,7 +154,9 @@ def length(session: Session, axis: Axis) -> int | None:
     """How many elements the axis means when nothing is clamped, where that is the same at every run-time value."""
     if axis.is_select:
         return 1
-    bounds = [b for b in (axis.start, axis.stop) if isinstance(b, torch.Tensor) and b.dtype in (torch.int32, torch.int64)]
+    bounds = [
+        b for b in (axis.start, axis.stop) if isinstance(b, torch.Tensor) and b.dtype in (torch.int32, torch.int64)
+    ]
     known = [session.trace.affine(b) for b in bounds]
     if len(known) < 2 or known[0] is None or known[1] is None or known[0][0] != known[1][0]:
         return None
@@ -190,13 +166,11 @@ def length(session: Session, axis: Axis) -> int | None:
 def assign(session: Session, view: torch.Tensor, axes: Sequence[Axis], value: Any) -> None:
     """``view[axes] = value`` in place, as one ``where``; numbers, tensors of every shape that eager takes.
 
-    ``value``'s dimensions are those of ``view`` less the selected ones. It is cast to ``view``'s dtype before the select,
-    as ``copy_`` does (``where(m, 0.5, int64_base)`` would promote and lose integers beyond 2**53).
+    ``value``'s dimensions are those of ``view`` less the selected ones. It is cast to ``view``'s dtype before the
+    select, as ``copy_`` does (``where(m, 0.5, int64_base)`` would promote and lose integers beyond 2**53).
     """
-    if isinstance(value, torch.Tensor):
-        value = _fitted(session, view, axes, value)
-    else:
-        value = _scalar(session, view, value)
+    is_tensor = isinstance(value, torch.Tensor)
+    value = _fitted(session, view, axes, value) if is_tensor else _scalar(session, view, value)
     view.copy_(torch.where(joint(axes), value, view))
 
 
@@ -209,7 +183,8 @@ def _scalar(session: Session, view: torch.Tensor, value: Any) -> torch.Tensor:
                 torch.full((), value, dtype=view.dtype)
         except RuntimeError as error:  # as eager would: value cannot be converted to ... without overflow
             raise session.refuse("NX201", "slice assignment", f"eager refuses this assignment: {error}") from error
-    return torch.full((), value, dtype=view.dtype, device=view.device)
+    number: Any = value  # torch.full takes symbolic numbers, which its stub does not know
+    return torch.full((), number, dtype=view.dtype, device=view.device)
 
 
 def _fitted(session: Session, view: torch.Tensor, axes: Sequence[Axis], value: torch.Tensor) -> torch.Tensor:
@@ -236,7 +211,7 @@ def _fitted(session: Session, view: torch.Tensor, axes: Sequence[Axis], value: t
 
 
 def _placed(session: Session, axis: Axis, value: torch.Tensor, count: Any) -> torch.Tensor:
-    """``value``'s elements along ``axis`` moved to where the slice stands: element ``j`` of the base takes ``j - start``."""
+    """``value`` moved along ``axis`` to where the slice stands: element ``j`` of the base takes ``j - start``."""
     if trace.is_unbacked(count):
         raise session.refuse(
             "NX201",
@@ -247,7 +222,9 @@ def _placed(session: Session, axis: Axis, value: torch.Tensor, count: Any) -> to
     expected = length(session, axis)
     if expected is not None and isinstance(count, int) and expected != count:
         raise session.refuse(
-            "NX201", "slice assignment", f"eager refuses this assignment: {count} elements do not fit a slice of {expected}"
+            "NX201",
+            "slice assignment",
+            f"eager refuses this assignment: {count} elements do not fit a slice of {expected}",
         )
     session.note(
         "NX404",
@@ -257,8 +234,12 @@ def _placed(session: Session, axis: Axis, value: torch.Tensor, count: Any) -> to
         + "; the captured graph writes those that fit",
         "declare a range for the bound that keeps the slice inside the tensor",
     )
-    session.rewrote("slice.tensor-offset", Kind.EXACT, f"[{axis}] = value", "value.index_select(arange - start) under the mask")
-    positions = torch.arange(axis.size, device=value.device, dtype=axis.first.dtype if isinstance(axis.first, torch.Tensor) else torch.int64)
+    session.rewrote(
+        "slice.tensor-offset", Kind.EXACT, f"[{axis}] = value", "value.index_select(arange - start) under the mask"
+    )
+    positions = torch.arange(
+        axis.size, device=value.device, dtype=axis.first.dtype if isinstance(axis.first, torch.Tensor) else torch.int64
+    )
     index = positions - axis.first
     index = (index if axis.step == 1 else index // axis.step).clamp(0, count - 1)
     return value.index_select(axis.dim, index)
@@ -266,5 +247,7 @@ def _placed(session: Session, axis: Axis, value: torch.Tensor, count: Any) -> to
 
 def _mismatch(session: Session, view: torch.Tensor, given: list[Any]) -> Exception:
     return session.refuse(
-        "NX201", "slice assignment", f"eager refuses this assignment: shape {given} cannot be broadcast into {list(view.shape)}"
+        "NX201",
+        "slice assignment",
+        f"eager refuses this assignment: shape {given} cannot be broadcast into {list(view.shape)}",
     )

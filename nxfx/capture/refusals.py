@@ -72,7 +72,10 @@ def plain(text: str) -> str:
 
 _NO_FAKE = "Capture runs the model on tensors without data, and this operator does not say what it returns for them."
 _NO_DATA = "Capture runs the model on tensors without data: there is no memory to look at."
-_MISTAKE = "The model itself fails, not the capture: calling it with the same arguments should fail on this line too."
+_MISTAKE = (
+    "The model's own code raises it: called eagerly with the same arguments it should fail on this line too. "
+    "If it does not, it takes another path while it is traced."
+)
 _PYTREE = "Only tensors, Python numbers and strings, and containers that torch knows can pass the model's boundary."
 _CORRECT = "call the model with arguments it accepts, or correct that line"
 _BUFFER = "register it in __init__ with register_buffer and write it in place (self.name.copy_(value))"

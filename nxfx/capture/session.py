@@ -1,4 +1,4 @@
-"""What capture learns while the model runs under interception: kept outside the module, which export forbids to write."""
+"""What capture learns while the model runs under interception, outside the module: export forbids to write that."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from nxfx.report.locations import Location, frame_rank
 from nxfx.report.report import Report
 from nxfx.report.rewrites import Kind, Rewrite
 
-_rank = functools.lru_cache(maxsize=4096)(frame_rank)
+rank_of = functools.lru_cache(maxsize=4096)(frame_rank)
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Site:
     """A place where Python reads a tensor's value.
 
     Attributes:
-        kind: ``"if"``, ``"while"``, ``"assert"``, ``"bool"`` ..., or the method that was called: ``"item"``, ``"tolist"``.
+        kind: ``"if"``, ``"while"``, ``"assert"``, ``"bool"`` ..., or the method: ``"item"``, ``"tolist"``.
         location: the user's line; an installed library's where no line is the user's own.
         innermost: the line that reads the value, be it the user's or a library's.
-        condition: what was read, as a 0-d bool tensor of its own (the model may write the original later); None for reads that
-            are not conditions.
+        condition: what was read, as a 0-d bool tensor of its own (the model may write the original later); None for
+            reads that are not conditions, and where a number from ``.item()`` went through more than simple arithmetic.
         answer: what Python was told.
         exhausted: the cap on repetitions was reached here.
     """
@@ -48,7 +48,7 @@ class Site:
 
 @dataclass
 class Gathered:
-    """``copy`` stands for the view ``base[i]``, ``i`` a 0-d tensor: right as long as neither is written while it is in use.
+    """``copy`` stands for the view ``base[i]``, ``i`` a 0-d tensor: right while neither is written.
 
     Attributes:
         copy, base: nodes.
@@ -62,7 +62,7 @@ class Gathered:
     since: fx.Node
     result: Any
     place: tuple[Any, Any]
-    versions: list[tuple[torch.Tensor, int]]
+    versions: list[tuple[torch.Tensor, object]]
     location: Location
 
 
@@ -76,8 +76,8 @@ class Session:
         loop_cap: how often one ``while`` may be answered in a row before it is told to end.
         findings: what the user should know; an error among them means that the capture cannot be used.
         rewrites: changes made while the model ran.
-        sites: branches on a tensor's value, in order of execution. The trace followed ``answer`` at each of them, so unless
-            ``decisions`` chose the path it is not the model.
+        sites: branches on a tensor's value, in order of execution. The trace followed ``answer`` at each of them: it is
+            one path through the model, not the model.
         assertions: tensor assertions that the trace took to hold, each reported as NX407.
         reads: ``.item()`` and ``.tolist()`` whose number became a symbol.
     """
@@ -90,12 +90,12 @@ class Session:
     sites: list[Site] = field(default_factory=list)
     assertions: list[Site] = field(default_factory=list)
     reads: list[Site] = field(default_factory=list)
-    stated_guards: set[str] = field(default_factory=set)
     trace: Trace = field(default_factory=Trace)
-    item_sources: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    item_sources: dict[str, tuple[torch.Tensor, object]] = field(default_factory=dict)
     gathered: list[Gathered] = field(default_factory=list)
     entry: FrameType | None = None
     is_paused: bool = False
+    watched: Any = None
     repetitions: dict[tuple[str, int], tuple[FrameType, int]] = field(default_factory=dict)
 
     @property
@@ -104,7 +104,9 @@ class Session:
 
     def close(self) -> None:
         """Let go of everything that belonged to the trace; the record stays."""
-        self.entry = None
+        if self.watched is not None:
+            del self.watched.evaluate_sym_node  # the method of the class shows again
+        self.entry = self.watched = None
         self.repetitions.clear()
         self.gathered.clear()
         self.item_sources.clear()
@@ -124,7 +126,7 @@ class Session:
         frames: list[FrameType] = []
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and frame is not self.entry:
-            if _rank(frame.f_code.co_filename):
+            if rank_of(frame.f_code.co_filename):
                 frames.append(frame)
             frame = frame.f_back
         return frames
@@ -132,17 +134,27 @@ class Session:
     def location(self) -> Location:
         """The user's line that is running; an installed library's where no line is the user's own."""
         frames = self.frames()
-        own = [f for f in frames if _rank(f.f_code.co_filename) == 2]
-        return location_of((own or frames or [None])[0])
+        return location_of(
+            next((f for f in frames if rank_of(f.f_code.co_filename) == 2), frames[0] if frames else None)
+        )
 
-    def note(self, code: str, severity: Severity, message: str, fix: str = "", location: Location | None = None) -> Finding:
+    def site(self, kind: str, condition: torch.Tensor | None = None, answer: bool | None = None) -> Site:
+        """The line that is running, as a site."""
+        frames = self.frames()
+        return Site(kind, self.location(), location_of(frames[0] if frames else None), condition, answer)
+
+    def note(
+        self, code: str, severity: Severity, message: str, fix: str = "", location: Location | None = None
+    ) -> Finding:
         """Record a finding at the user's line."""
         finding = Finding(code, severity, message, location or self.location(), "", fix)
         self.findings.append(finding)
         return finding
 
-    def refuse(self, code: str, construct: str, message: str, fix: str = "", location: Location | None = None) -> CaptureError:
-        """Record an error and return the exception that ends the capture. The error stands even if the model catches it."""
+    def refuse(
+        self, code: str, construct: str, message: str, fix: str = "", location: Location | None = None
+    ) -> CaptureError:
+        """Record an error and return the exception that ends the capture. It stands even if the model catches it."""
         finding = self.note(code, Severity.ERROR, message, fix, location)
         where = f"{finding.location}: {finding.location.source}" if finding.location.file else str(finding.location)
         text = f"{where}\n  {message}" + (f"\n  Write instead: {fix}" if fix else "")
@@ -153,7 +165,7 @@ class Session:
         self.rewrites.append(Rewrite("capture", rule, kind, self.location(), before, after, 1, bound))
 
 
-def location_of(frame: Any) -> Location:
+def location_of(frame: FrameType | None) -> Location:
     """The line that ``frame`` is at."""
     if frame is None:
         return Location(module=module_path())

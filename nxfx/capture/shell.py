@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 
-from nxfx.capture.state import Change, Holder, ModuleState, Slot
+from nxfx.capture.state import Change, Holder, ModuleState, Slot, writing_line
 from nxfx.capture.structure import Path, flatten, unflatten
+from nxfx.errors import CaptureError
+from nxfx.report import Finding, Report, Severity
 
 PLAIN = "_nxfx_plain"
 
@@ -74,6 +76,7 @@ class Convention:
         output_spec: structure of the result.
         output_count: number of flat user outputs.
         passed_through: output leaf → input leaf, where the result *is* the caller's tensor.
+        returned_state: output leaf → name of the model's tensor that the result *is*.
         arguments_after: what the argument containers hold after the call, None when untouched.
         state_writes, state_guards: Python state of the model that the call changes, and rests on.
     """
@@ -83,6 +86,7 @@ class Convention:
     output_spec: Any = None
     output_count: int = 0
     passed_through: dict[int, int] = field(default_factory=dict)
+    returned_state: dict[int, str] = field(default_factory=dict)
     arguments_after: Assigned | None = None
     state_writes: list[StateWrite] = field(default_factory=list)
     state_guards: list[StateGuard] = field(default_factory=list)
@@ -125,7 +129,11 @@ class Shell(torch.nn.Module):
         args, kwargs = arguments = unflatten(convention.input_spec, leaves)
         before = flatten(arguments, share=True)
         with self._lend_plain_tensors(state) as lent, around():
+            before_call = state.registered_now()
             result = model(*args, **kwargs)
+            _refuse_misfits(model, before_call, state.registered_now())
+            for name, tensor in model.named_buffers():
+                lent.setdefault(id(tensor), name)
             changes = [c for c in state.changes() if lent.get(id(c.after)) is None or c.removed]
         return self._conclude(convention, before, arguments, result, changes, leaves, lent)
 
@@ -137,8 +145,12 @@ class Shell(torch.nn.Module):
             tensor = self.get_buffer(name)
             lent[id(tensor)] = slot.name
             keep.append(tensor)
-            for holder, key in state.aliases(slot):
+            for holder, key in slot.aliases:
                 holder.set(key, tensor)
+        for holder, key, tensor, name in state.registered_aliases():
+            holder.set(key, tensor)
+            lent[id(tensor)] = name
+            keep.append(tensor)
         yield lent
 
     @staticmethod
@@ -172,6 +184,7 @@ class Shell(torch.nn.Module):
         flat = flatten(result, same=same)
         convention.output_spec, convention.output_count = flat.spec, len(flat.leaves)
         convention.passed_through = {i: index_of[id(leaf)] for i, leaf in enumerate(flat.leaves) if id(leaf) in index_of}
+        convention.returned_state = {i: lent[id(leaf)] for i, leaf in enumerate(flat.leaves) if id(leaf) in lent}
         outputs.extend(flat.leaves)
 
         after = flatten(arguments, share=True)
@@ -185,6 +198,37 @@ class Shell(torch.nn.Module):
             StateGuard(c.holder, c.key, c.path, flatten(c.before).spec if c.key in c.holder.content else MISSING) for c in changes
         ]
         return outputs
+
+
+def _refuse_misfits(model: torch.nn.Module, before: list[Change], after: list[Change]) -> None:
+    """A registered tensor that forward replaces must keep dtype and shape: the new value is copied into the old one."""
+    for was, now in zip(before, after, strict=False):
+        if was.path == now.path and _kind(was.after) == _kind(now.after):
+            continue
+        verb = f"from {_kind(was.after)} to {_kind(now.after)}" if was.path == now.path else "(added or removed)"
+        what = now.path if was.path == now.path else min(was.path, now.path)
+        raise _misfit(model, now, what, verb)
+    if len(before) != len(after):
+        raise _misfit(model, last := max(before, after, key=len)[-1], last.path, "(added or removed)")
+
+
+def _kind(tensor: Any) -> str:
+    return "None" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+class RegisteredMisfit(CaptureError):
+    """A registered tensor changes dtype or shape: no other way of capturing helps."""
+
+
+def _misfit(model: torch.nn.Module, change: Change, what: str, verb: str) -> RegisteredMisfit:
+    location = writing_line(model, change)
+    message = f"forward rebinds the registered tensor {what!r} {verb}"
+    fix = "keep its dtype and shape and write it in place (self.name.copy_(value)), or pass it in and return it"
+    return RegisteredMisfit(
+        f"{type(model).__name__} cannot be captured: {message}\n  {location}: {location.source}\n  Write instead: {fix}",
+        construct="a registered tensor that changes dtype or shape",
+        report=Report(findings=[Finding("NX406", Severity.ERROR, message, location, "", fix)]),
+    )
 
 
 @functools.lru_cache(maxsize=256)

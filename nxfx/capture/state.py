@@ -13,12 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 
 from nxfx.capture.structure import Path, open_container, write
 from nxfx.report.locations import Location
 
 _INTERNAL = frozenset(torch.nn.Module().__dict__) | {"forward", "__wrapped__", "_hf_hook", "_old_forward"}
+# What nn.RNN and its kin keep beside the registry and bring up to date themselves.
+_SECOND_REGISTRIES = frozenset({"_flat_weights", "_flat_weight_refs"})
+# Values without entries of their own that forward can change in place: stock is taken of a copy.
+_OPAQUE = (set, bytearray, numpy.ndarray)
+_CONTENT = "content"
 _MAX_DEPTH = 8
 _MAX_ITEMS = 4096
 
@@ -36,6 +42,8 @@ class Holder:
         """Its content at this moment."""
         if self.kind == "module":
             return {k: v for k, v in self.container.__dict__.items() if k not in _INTERNAL}
+        if self.kind == "opaque":
+            return {_CONTENT: _frozen(self.container)}
         opened = open_container(self.container)
         return dict(zip(opened[1], opened[2], strict=True)) if opened else {}
 
@@ -43,7 +51,8 @@ class Holder:
         """Replace its content."""
         now = self.now()
         if self.kind == "list":
-            self.container[:] = list(content.values())
+            self.container.clear()
+            self.container.extend(content.values())
         elif self.kind in ("dict", "dictlike"):
             self.container.clear()
             self.container.update(content)
@@ -57,6 +66,8 @@ class Holder:
     def set(self, key: Any, value: Any) -> None:
         if self.kind == "module":
             self.container.__dict__[key] = value  # past nn.Module.__setattr__, which refuses or registers tensors
+        elif self.kind == "opaque":
+            _thaw(self.container, value)
         else:
             write(self.container, self.kind, key, value)
 
@@ -91,6 +102,7 @@ class Slot:
     holder: Holder
     key: Any
     name: str
+    aliases: tuple[tuple[Holder, Any], ...] = ()
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -99,10 +111,28 @@ class Slot:
         return value
 
 
+def _frozen(value: Any) -> Any:
+    if isinstance(value, numpy.ndarray):
+        return value.copy()
+    return bytes(value) if isinstance(value, bytearray) else frozenset(value)
+
+
+def _thaw(container: Any, value: Any) -> None:
+    if isinstance(container, set):
+        container.clear()
+        container.update(value)
+    elif isinstance(container, bytearray):
+        container[:] = value
+    else:
+        container[...] = value
+
+
 def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    if isinstance(a, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, tuple)):
+    if isinstance(a, numpy.ndarray):
+        return isinstance(b, numpy.ndarray) and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, tuple, frozenset)):
         try:
             return type(a) is type(b) and bool(a == b)
         except Exception:
@@ -116,7 +146,10 @@ class ModuleState:
     def __init__(self, model: torch.nn.Module) -> None:
         self.holders: list[Holder] = []
         self._seen: set[int] = set()
-        self._registries = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+        scripted = torch.jit.ScriptModule  # keeps its tensors in C++, out of forward's reach
+        self._registries = [
+            (name, m, dict(m._parameters), dict(m._buffers)) for name, m in model.named_modules() if not isinstance(m, scripted)
+        ]
         for name, module in model.named_modules():
             if id(module) in self._seen:
                 continue
@@ -128,6 +161,10 @@ class ModuleState:
 
     def _open(self, value: Any, path: Path) -> None:
         if len(path) > _MAX_DEPTH or isinstance(value, torch.Tensor) or id(value) in self._seen:
+            return
+        if isinstance(value, _OPAQUE):
+            self._seen.add(id(value))
+            self.holders.append(Holder(path, value, "opaque", {_CONTENT: _frozen(value)}))
             return
         opened = open_container(value)
         if opened is None or len(opened[1]) > _MAX_ITEMS:
@@ -141,17 +178,45 @@ class ModuleState:
 
     def slots(self) -> list[Slot]:
         """Every plain tensor, each tensor object once."""
-        found, seen = [], set()
+        found, seen = [], set(self._registered())
         for holder in self.holders:
             for key, value in holder.content.items():
                 if isinstance(value, torch.Tensor) and id(value) not in seen:
                     seen.add(id(value))
-                    found.append(Slot(holder, key, ".".join(str(p) for p in (*holder.path, key) if p != "")))
+                    name = ".".join(str(p) for p in (*holder.path, key) if p != "")
+                    found.append(Slot(holder, key, name, tuple(self.aliases(value))))
         return found
 
-    def aliases(self, slot: Slot) -> Iterator[tuple[Holder, Any]]:
-        """Every place that holds the slot's tensor object."""
-        tensor = slot.holder.content[slot.key]
+    def _registered(self) -> dict[int, tuple[dict[str, Any], str, str]]:
+        """id of each parameter and buffer, as it was → the registry that holds it, its name there, its dotted name."""
+        found: dict[int, tuple[dict[str, Any], str, str]] = {}
+        for path, module, *before in self._registries:
+            for registry, was in zip((module._parameters, module._buffers), before, strict=True):
+                for name, tensor in was.items():
+                    if tensor is not None:
+                        found.setdefault(id(tensor), (registry, name, f"{path}.{name}".lstrip(".")))
+        return found
+
+    def registered_now(self) -> list[Change]:
+        """What each registry holds at this moment, in order."""
+        return [
+            Change(Holder((path,), module, "module", {}), name, None, tensor)
+            for path, module, *_ in self._registries
+            for registry in (module._parameters, module._buffers)
+            for name, tensor in registry.items()
+        ]
+
+    def registered_aliases(self) -> Iterator[tuple[Holder, Any, torch.Tensor, str]]:
+        """Entries of Python containers that hold a registered tensor, with what the registry holds there now, and its name."""
+        registered = self._registered()
+        for holder in self.holders:
+            for key, value in holder.content.items():
+                if isinstance(value, torch.Tensor) and id(value) in registered:
+                    registry, leaf, name = registered[id(value)]
+                    yield holder, key, registry[leaf], name
+
+    def aliases(self, tensor: torch.Tensor) -> Iterator[tuple[Holder, Any]]:
+        """Every place that holds this tensor object."""
         for holder in self.holders:
             for key, value in holder.content.items():
                 if value is tensor:
@@ -164,17 +229,19 @@ class ModuleState:
             now = holder.now()
             if now.keys() == holder.content.keys() and all(v is holder.content[k] for k, v in now.items()):
                 continue
-            for key in holder.content.keys() - now.keys():
+            if _SECOND_REGISTRIES.intersection(holder.path):
+                continue
+            for key in reversed([k for k in holder.content if k not in now]):  # from a list's end
                 found.append(Change(holder, key, holder.content[key], None, removed=True))
             for key, value in now.items():
                 before = holder.content.get(key)
-                if key not in holder.content or not _same(before, value):
+                if key not in _SECOND_REGISTRIES and (key not in holder.content or not _same(before, value)):
                     found.append(Change(holder, key, before, value))
         return found
 
     def restore(self) -> None:
         """Put everything back, registered parameters and buffers included."""
-        for module, parameters, buffers in self._registries:
+        for _, module, parameters, buffers in self._registries:
             for registry, was in ((module._parameters, parameters), (module._buffers, buffers)):
                 if registry.keys() != was.keys() or any(registry[k] is not v for k, v in was.items()):
                     registry.clear()

@@ -10,14 +10,18 @@ from __future__ import annotations
 import collections
 import dataclasses
 import enum
+import functools
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 import numpy
 import torch
 from torch.utils import _pytree as pytree
+
+from nxfx.errors import CaptureError
 
 Path = tuple[Any, ...]
 
@@ -28,6 +32,7 @@ _ATOMS = (
     torch.nn.Module,
 )  # fmt: skip
 _LEAVES = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+_HIDING = (list, tuple, set, frozenset, functools.partial)  # what can hold tensors without being opened
 _MUTABLE = frozenset({"list", "dict", "dictlike", "object"})
 _MAX_DEPTH = 12
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: a class made in Python, whose instances object.__new__ can make
@@ -43,7 +48,7 @@ class Leaf:
 class Static:
     """A Python value baked into a capture. Equal when type and value are; compared by identity when it cannot be hashed."""
 
-    __slots__ = ("key", "value")
+    __slots__ = ("kept", "key", "value")  # kept: objects whose id stands in the key
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -53,6 +58,17 @@ class Static:
             return
         if isinstance(value, (list, tuple)):  # the context of a registered pytree node
             self.key = (type(value), tuple(Static(v) for v in value))
+            return
+        if isinstance(value, weakref.ref):  # compares its referents, which may be tensors
+            self.key = (type(value), id(value()))
+            return
+        if isinstance(value, torch.nn.Module):  # its weights are baked
+            self.kept = [*value.parameters(), *value.buffers()]
+            self.key = (id(value), value.training, *map(id, self.kept))
+            return
+        if isinstance(value, (types.FunctionType, types.MethodType)) and getattr(value, "__closure__", None):
+            self.kept = [_cell(c) for c in value.__closure__]
+            self.key = (value, *map(id, self.kept))
             return
         if isinstance(value, (set, frozenset)):
             self.value, value = type(value)(value), frozenset(value)
@@ -70,6 +86,13 @@ class Static:
 
     def __repr__(self) -> str:
         return repr(self.value)
+
+
+def _cell(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
 
 
 @dataclass(frozen=True)
@@ -128,27 +151,54 @@ def open_container(value: Any) -> tuple[str, tuple[Any, ...], tuple[Any, ...], A
     if isinstance(value, _ATOMS):
         return None
     cls = type(value)
-    if cls is list:
-        return "list", tuple(range(len(value))), tuple(value), None
+    if cls is list or cls is collections.deque or isinstance(value, list) and _is_bare(value):
+        return "list", tuple(range(len(value))), tuple(value), value.maxlen if cls is collections.deque else None
     if cls is tuple:
         return "tuple", tuple(range(len(value))), tuple(value), None
     if cls in (dict, collections.OrderedDict):
         return "dict", tuple(value), tuple(value.values()), None
     if _is_namedtuple(value):
         return "namedtuple", tuple(range(len(value))), tuple(value), None
-    if cls in pytree.SUPPORTED_NODES and isinstance(value, (dict, collections.deque)):
+    if isinstance(value, tuple) and cls not in pytree.SUPPORTED_NODES and _is_bare(value):
+        return "tuple", tuple(range(len(value))), tuple(value), None
+    if cls in pytree.SUPPORTED_NODES and isinstance(value, (dict, tuple)):
         children, context = pytree.SUPPORTED_NODES[cls].flatten_fn(value)
         return "pytree", tuple(range(len(children))), tuple(children), context
     if isinstance(value, dict):
         return "dictlike", tuple(value), tuple(value.values()), None
     if isinstance(value, (list, tuple, set, frozenset, numpy.ndarray)):
         return None
-    if not all(base is object or base.__flags__ & _HEAP_TYPE for base in cls.__mro__) or cls.__eq__ is not object.__eq__ and not _is_dataclass(cls):
-        return None  # state we cannot see or rebuild, or a value with an equality of its own
+    if not all(base is object or base.__flags__ & _HEAP_TYPE for base in cls.__mro__):
+        return None  # state we cannot see or rebuild
     attributes = _attributes(value)
     if attributes is None:
         return None
+    own_equality = cls.__eq__ is not object.__eq__ and not _is_dataclass(cls)
+    if own_equality and not any(holds_tensors(v) for v in attributes.values()):
+        return None  # a value
     return "object", tuple(attributes), tuple(attributes.values()), None
+
+
+def _is_bare(value: Any) -> bool:
+    """Whether a list or tuple of a class made in Python has nothing but its items."""
+    cls = type(value)
+    made_in_python = all(base.__flags__ & _HEAP_TYPE for base in cls.__mro__ if base not in (list, tuple, object, Generic))
+    return made_in_python and not getattr(value, "__dict__", None)
+
+
+def holds_tensors(value: Any, depth: int = 4) -> bool:
+    """Whether ``value`` is a tensor or, as far as can be seen, contains one."""
+    if isinstance(value, torch.Tensor):
+        return True
+    if depth == 0 or isinstance(value, _ATOMS):
+        return False
+    if isinstance(value, dict):
+        return any(holds_tensors(v, depth - 1) for v in value.values())
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        return any(holds_tensors(v, depth - 1) for v in value)
+    if isinstance(value, functools.partial):
+        return holds_tensors((*value.args, value.keywords), depth - 1)
+    return any(holds_tensors(v, depth - 1) for v in (_attributes(value) or {}).values())
 
 
 class _Flattener:
@@ -171,6 +221,8 @@ class _Flattener:
             return Same(self.mutable[id(value)])
         opened = open_container(value) if len(path) <= _MAX_DEPTH else None
         if opened is None:
+            if isinstance(value, _HIDING) and holds_tensors(value):
+                raise _hidden(value, path)
             return Static(value)
         kind, keys, children, context = opened
         if kind in _MUTABLE:
@@ -186,6 +238,15 @@ class _Flattener:
         self.leaves.append(value)
         self.paths.append(path)
         return leaf
+
+
+def _hidden(value: Any, path: Path) -> CaptureError:
+    name = ".".join(str(p) for p in path[1:]) or "a value"
+    return CaptureError(
+        f"{name} holds tensors in a {type(value).__name__}, where they cannot be told apart: they would be baked into the graph. "
+        "Pass them in a list, tuple, dict, dataclass or plain object.",
+        construct=f"tensors in a {type(value).__name__}",
+    )
 
 
 @dataclass
@@ -244,6 +305,8 @@ class _Builder:
     def _mutable(self, spec: Container, path: Path) -> Any:
         # Registered before its children are built: they may refer back to it.
         instance = self.made[path] = object.__new__(spec.type) if spec.kind == "object" else spec.type.__new__(spec.type)
+        if spec.context.value is not None:
+            instance = self.made[path] = spec.type(maxlen=spec.context.value)
         for key, child in zip(spec.keys, spec.children, strict=True):
             value = self.build(child, (*path, key))
             if spec.kind == "object":
@@ -257,7 +320,7 @@ class _Builder:
     def _immutable(self, spec: Container, path: Path) -> Any:
         children = [self.build(c, (*path, k)) for k, c in zip(spec.keys, spec.children, strict=True)]
         if spec.kind == "tuple":
-            return tuple(children)
+            return tuple.__new__(spec.type, children)
         if spec.kind == "namedtuple":
             return spec.type(*children)
         return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(children, spec.context.value)
@@ -275,6 +338,8 @@ def write(container: Any, kind: str, key: Any, new: Any) -> None:
     """Put ``new`` at ``key`` of a mutable container."""
     if kind == "object":
         object.__setattr__(container, key, new)
+    elif kind == "list" and key == len(container):
+        container.append(new)
     else:
         container[key] = new
 
@@ -295,9 +360,10 @@ def update(current: Any, spec: Any, leaves: Sequence[Any], resolve: Callable[[Pa
     if kind in ("tuple", "namedtuple"):
         if len(new) == len(old) and all(new[k] is old[k] for k in old):
             return current
-        return type(current)(*new.values()) if kind == "namedtuple" else type(current)(new.values())
+        return type(current)(*new.values()) if kind == "namedtuple" else tuple.__new__(type(current), new.values())
     if kind == "list":
-        current[:] = list(new.values())
+        current.clear()
+        current.extend(new.values())
     elif kind in ("dict", "dictlike"):
         current.clear()
         current.update(new)

@@ -1,7 +1,7 @@
 """``x[index]`` and ``x[index] = value`` with tensors among the slice bounds, and with 0-d tensors as positions.
 
-Python hands ``slice(None, n)`` to torch, which asks the tensor ``n`` for its number: at capture that freezes the example's
-value or fails. Here the write becomes a mask made of ``arange`` comparisons and one ``where``, and the read a
+Python hands ``slice(None, n)`` to torch, which asks the tensor ``n`` for its number: at capture that freezes the
+example's value or fails. Here the write becomes a mask made of ``arange`` comparisons and one ``where``, and the read a
 :class:`~nxfx.capture.windows.Window`. One capture serves every run-time value, out-of-range ones included.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nxfx.capture import masks, trace
+from nxfx.capture import masks, symbols, trace
 from nxfx.capture.masks import Axis
 from nxfx.capture.session import Gathered, Session
 from nxfx.capture.windows import Window, aligned
@@ -26,7 +26,12 @@ _MASKS = (torch.bool, torch.uint8)
 def is_position(item: Any) -> bool:
     """A 0-d integer tensor, or a number that came out of a tensor: ``x[i]`` takes one element."""
     if isinstance(item, torch.Tensor):
-        return item.ndim == 0 and item.dtype not in _MASKS and not item.dtype.is_floating_point and not item.dtype.is_complex
+        return (
+            item.ndim == 0
+            and item.dtype not in _MASKS
+            and not item.dtype.is_floating_point
+            and not item.dtype.is_complex
+        )
     return trace.is_unbacked(item)
 
 
@@ -68,7 +73,12 @@ def on_setitem(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
     items = _expanded(_with_literals(index), base.ndim)
     if not needs_interception(tuple(items)):
         return function(base, tuple(items), value)
-    if isinstance(value, Window) and value._origin is not None and _same_place(value._origin, (base, index)) and masks.is_current(value._axes):
+    if (
+        isinstance(value, Window)
+        and value._origin is not None
+        and _same_place(value._origin, (base, index))
+        and masks.is_current(session, value._axes)
+    ):
         return None  # x[:n] -= 5: the subtraction has already written through the window
     if any(map(_is_advanced, items)):
         return _set_advanced(session, function, base, items, value)
@@ -103,7 +113,9 @@ def take_window(window: Window, index: Any) -> Any:
     return _take(session, value, items, tuple(axes), None, window._is_copy)
 
 
-def _take(session: Session, base: torch.Tensor, items: list[Any], axes: tuple[Axis, ...], origin: Any, is_copy: bool = False) -> Any:
+def _take(
+    session: Session, base: torch.Tensor, items: list[Any], axes: tuple[Axis, ...], origin: Any, is_copy: bool = False
+) -> Any:
     """``base[items]``: a tensor, or a window where bounds are dynamic or ``axes`` (of the result) were there before."""
     dynamic = any(map(is_dynamic_slice, items))
     if dynamic and any(map(_is_advanced, items)):
@@ -156,7 +168,12 @@ def _consumes(item: Any) -> int:
 def _is_advanced(item: Any) -> bool:
     if item is None or isinstance(item, slice):
         return False
-    return isinstance(item, (bool, list, tuple, range)) or getattr(item, "ndim", 0) > 0 or isinstance(item, torch.Tensor) and not is_position(item)
+    return (
+        isinstance(item, (bool, list, tuple, range))
+        or getattr(item, "ndim", 0) > 0
+        or isinstance(item, torch.Tensor)
+        and not is_position(item)
+    )
 
 
 def _is_whole(items: list[Any]) -> bool:
@@ -177,7 +194,12 @@ def _axes(session: Session, view: torch.Tensor, items: list[Any]) -> list[Axis]:
 
 def _check_step(session: Session, step: Any) -> None:
     if isinstance(step, torch.Tensor) or trace.is_unbacked(step):
-        raise session.refuse("NX404", "a tensor as slice step", "the step of a slice is a tensor", "use a Python int as step, or build the mask")
+        raise session.refuse(
+            "NX404",
+            "a tensor as slice step",
+            "the step of a slice is a tensor",
+            "use a Python int as step, or build the mask",
+        )
     if step is not None and step <= 0:
         raise ValueError("slice step cannot be zero" if step == 0 else "step must be greater than zero")
 
@@ -190,7 +212,7 @@ def _gather(session: Session, base: torch.Tensor, items: list[Any]) -> tuple[tor
     """
     part, rest = base, list(items)
     for at in reversed([i for i, item in enumerate(items) if is_position(item)]):
-        position = masks.as_tensor(session, items[at]) if trace.is_unbacked(items[at]) else items[at]
+        position = symbols.as_tensor(session, items[at]) if trace.is_unbacked(items[at]) else items[at]
         position = position if position.dtype in (torch.int64, torch.int32) else position.to(torch.int64)
         part = torch.ops.aten.index.Tensor(part, [None] * sum(map(_consumes, items[:at])) + [position])
         del rest[at]
@@ -242,17 +264,17 @@ def _watch(session: Session, part: torch.Tensor, base: torch.Tensor, index: Any,
     copy, source = trace.node_of(part), trace.node_of(base)
     if copy is not None and source is not None:
         positions = [i for i in (index if type(index) is tuple else (index,)) if isinstance(i, torch.Tensor)]
-        versions = [(p, p._version) for p in positions]
+        versions = [(p, session.trace.version(p)) for p in positions]
         session.gathered.append(Gathered(copy, source, copy, result, (base, index), versions, session.location()))
 
 
 def _put_back(session: Session, base: torch.Tensor, index: Any, value: Any) -> Gathered | None:
-    """The copy that ``x[i] += v`` read, changed and is about to write back to where it came from: nothing is lost so far."""
+    """The copy that ``x[i] += v`` read, changed and is about to write back to where it came from."""
     for gathered in reversed(session.gathered):
         if value is gathered.result and _same_place(gathered.place, (base, index)):
             aliases = session.trace.aliases(gathered.copy.graph)
             untouched = aliases.first_write(aliases.root(gathered.base), gathered.since) is None
-            return gathered if untouched and all(p._version == v for p, v in gathered.versions) else None
+            return gathered if untouched and all(session.trace.version(p) == v for p, v in gathered.versions) else None
     return None
 
 
@@ -266,7 +288,7 @@ def check_gathered(session: Session) -> None:
             raise session.refuse(
                 "NX201",
                 "x[i] with a tensor i, used as a view",
-                "x[i] is taken with a tensor i, and then it or x is written in place: the two are no longer one memory in the graph",
+                "x[i], i a tensor, and then it or x is written in place: in the graph they are no longer one memory",
                 "write through the base, x[i] = value, or take a copy that nobody writes: x[i].clone()",
                 gathered.location,
             )

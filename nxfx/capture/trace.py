@@ -1,7 +1,7 @@
 """Looking at the trace while it is being made: which values are constants, which bounds are equal, who writes what.
 
-Private torch API used here, and nowhere else in ``nxfx.capture``'s interception: ``get_proxy_mode`` and ``get_proxy_slot``
-(``torch.fx.experimental.proxy_tensor``), ``FakeTensor.constant``; tested on torch 2.9 and 2.13.
+Private torch API used here: ``get_proxy_mode`` and ``get_proxy_slot`` (``torch.fx.experimental.proxy_tensor``),
+``FakeTensor.constant``; tested on torch 2.9 and 2.13.
 """
 
 from __future__ import annotations
@@ -171,6 +171,16 @@ class Trace:
             node = left
         return self._number(node), constant
 
+    def version(self, tensor: torch.Tensor) -> object:
+        """Equal as long as ``tensor`` was not written in place in between."""
+        if not tensor.is_inference():
+            return tensor._version
+        node = node_of(tensor)  # tensors made in inference mode do not count their writes
+        if node is None:
+            return object()
+        aliases = self.aliases(node.graph)
+        return object() if aliases.root(node) in aliases.written else 0
+
     def _number(self, value: Any) -> int:
         """The same number for everything that computes the same thing from the same nodes."""
         if isinstance(value, (list, tuple)):
@@ -201,4 +211,8 @@ def _made_of(node: fx.Node) -> set[fx.Node] | None:
 
 def _is_pure(node: fx.Node) -> bool:
     op = node.target
-    return isinstance(op, torch._ops.OpOverload) and not op._schema.is_mutable and torch.Tag.nondeterministic_seeded not in op.tags
+    return (
+        isinstance(op, torch._ops.OpOverload)
+        and not op._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in op.tags
+    )

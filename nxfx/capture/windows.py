@@ -17,29 +17,42 @@ from nxfx.capture.session import Session
 from nxfx.report.findings import Severity
 from nxfx.report.rewrites import Kind
 
-# Each element of the result comes from the same element of the operands, with IEEE arithmetic: bits do not depend on the layout.
-_EXACT = """
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+# Each element of the result comes from the same element of the operands, with IEEE arithmetic: layout does not matter.
+_EXACT = _words(
+    """
     abs neg negative sign sgn square floor ceil round trunc clamp clamp_min clamp_max clip relu relu6 threshold hardtanh
-    isnan isinf isfinite isneginf isposinf signbit logical_not logical_and logical_or logical_xor bitwise_not bitwise_and
-    bitwise_or bitwise_xor eq ne lt le gt ge add sub subtract mul multiply div divide true_divide floor_divide remainder
-    fmod maximum minimum fmax fmin where masked_fill nan_to_num sqrt reciprocal clone zeros_like ones_like full_like
-    __abs__ __neg__ __invert__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __div__ __rdiv__
-    __floordiv__ __rfloordiv__ __mod__ __rmod__ __and__ __rand__ __or__ __ror__ __xor__ __rxor__
+    isnan isinf isfinite isneginf isposinf signbit logical_not logical_and logical_or logical_xor
+    bitwise_not bitwise_and bitwise_or bitwise_xor eq ne lt le gt ge maximum minimum fmax fmin where masked_fill
+    add sub subtract mul multiply div divide true_divide floor_divide remainder fmod sqrt reciprocal
+    nan_to_num clone zeros_like ones_like full_like
+    __abs__ __neg__ __invert__ __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__
+    __div__ __rdiv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __and__ __rand__ __or__ __ror__ __xor__ __rxor__
     __eq__ __ne__ __lt__ __le__ __gt__ __ge__
-""".split()
-# May return the very tensor they were given.
-_CASTS = "to float double half bfloat16 long int short bool type_as detach contiguous".split()
+    """
+)
 # As _EXACT, but CPU kernels use another polynomial for strided data: the last bit may differ.
-_LAST_BIT = """
-    exp exp2 expm1 log log2 log10 log1p rsqrt sin cos tan tanh sigmoid logsigmoid silu gelu elu leaky_relu softplus erf erfc pow
-    hardsigmoid hardswish mish __pow__ __rpow__
-""".split()
-_DIVIDES = frozenset("""div divide floor_divide remainder fmod __floordiv__ __rfloordiv__ __mod__ __rmod__""".split())
+_LAST_BIT = _words(
+    """
+    exp exp2 expm1 log log2 log10 log1p rsqrt sin cos tan tanh sigmoid logsigmoid silu gelu elu leaky_relu softplus
+    erf erfc pow hardsigmoid hardswish mish __pow__ __rpow__
+    """
+)
+# May return the very tensor they were given.
+_CASTS = _words("to float double half bfloat16 long int short bool type_as detach contiguous")
+_REDUCTIONS = _words("sum nansum prod mean any all max min amax amin argmax argmin logsumexp count_nonzero")
+_DIVIDES = frozenset(_words("div divide floor_divide remainder fmod __floordiv__ __rfloordiv__ __mod__ __rmod__"))
+_METADATA = frozenset(
+    _words("dtype device layout ndim requires_grad is_cuda is_meta is_sparse is_quantized is_nested is_cpu itemsize")
+)
+_ASKS = frozenset(_words("dim ndimension is_floating_point is_complex element_size get_device is_signed"))
 _WITH_INPLACE = frozenset(
     f for f in vars(F).values() if inspect.isfunction(f) and "inplace" in inspect.signature(f).parameters
 )
-_METADATA = frozenset("""dtype device layout ndim requires_grad is_cuda is_meta is_sparse is_quantized is_nested is_cpu itemsize""".split())
-_ASKS = frozenset("""dim ndimension is_floating_point is_complex element_size get_device is_signed""".split())
 _LAST_BIT_BOUND = "the last bit: CPU kernels round differently on strided data"
 _SUM_BOUND = "a sum that also adds zeros: |error| <= length * eps * sum(|x|)"
 
@@ -48,8 +61,8 @@ class Window:
     """The part of ``value`` that ``axes`` mean. Reads and writes of it become masked reads and writes of the whole.
 
     Element-wise results are windows again (what they hold outside the mask is never looked at), reductions over the
-    windowed dimensions fill the rest with their neutral element. Everything else is refused at the user's line; where the
-    bounds came from ``.item()`` torch's own dynamic slice takes over instead.
+    windowed dimensions fill the rest with their neutral element. Everything else is refused at the user's line; where
+    the bounds came from ``.item()`` torch's own dynamic slice takes over instead.
 
     Not a tensor subclass: C code would take one for a tensor of the whole size, silently.
 
@@ -68,6 +81,7 @@ class Window:
         self._axes = tuple(axes)
         self._origin = origin
         self._is_copy = is_copy
+        self._location = session.location()
 
     def __repr__(self) -> str:
         return f"Window({list(self._value.shape)}, [{', '.join(f'{a.dim}: {a}' for a in self._axes)}])"
@@ -117,7 +131,7 @@ class Window:
         return self._native(".size()").size() if dim is None else self._native(".size()").size(dim)
 
     def _native(self, use: str) -> torch.Tensor:
-        """Torch's own slice, of a size that depends on data: only for bounds that the model itself turned into numbers."""
+        """Torch's own slice, of a size that depends on data: only for bounds that the model turned into numbers."""
         if any(isinstance(b, torch.Tensor) for a in self._axes for b in (a.start, a.stop)):
             _refuse(self._session, use, self)
         self._session.note(
@@ -141,7 +155,9 @@ class Window:
 
     def _filled(self, neutral: Any, axes: Sequence[Axis] | None = None) -> torch.Tensor:
         value = self._value
-        return torch.where(masks.joint(axes or self._axes), value, torch.full((), neutral, dtype=value.dtype, device=value.device))
+        return torch.where(
+            masks.joint(axes or self._axes), value, torch.full((), neutral, dtype=value.dtype, device=value.device)
+        )
 
     def _write(self, value: Any) -> None:
         """``window[...] = value``."""
@@ -166,7 +182,7 @@ def aligned(session: Session, axes: Sequence[Axis], value: Window) -> torch.Tens
     raise session.refuse(
         "NX201",
         "assignment between different slices",
-        f"a slice with tensor bounds {value!r} is assigned to another slice {[str(a) for a in wanted]}: that both have one size cannot be proved",
+        f"the slice {value!r} is assigned to another, {[str(a) for a in wanted]}: that sizes agree cannot be proved",
         "use the same bounds on tensors of equal size: a[:n] = b[:n], with a and b padded alike",
     )
 
@@ -176,7 +192,9 @@ def _refuse(session: Session, use: str, *windows: Any) -> NoReturn:
         "NX203",
         "a slice whose size depends on a tensor",
         f"{use} needs the size of {windows[0]!r}, which depends on a tensor's value; a Neuron graph has fixed shapes",
-        "work at full size and mask: x.masked_fill(arange(x.shape[d]) >= n, neutral), or slice with a Python int (one graph per bucket)",
+        "work at full size and mask: x.masked_fill(arange(x.shape[d]) >= n, neutral); "
+        "or slice with a Python int (one graph per bucket)",
+        windows[0]._location if use == "an output" else None,
     )
 
 
@@ -217,7 +235,9 @@ def _elementwise(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
         _keep_divisor_safe(session, axes, name, operands, named)
     result = function(*operands, **named)
     if name in _LAST_BIT:
-        session.rewrote("slice.tensor-bound-read", Kind.REASSOCIATED, f"{name}(slice)", f"{name}(base), masked", _LAST_BIT_BOUND)
+        session.rewrote(
+            "slice.tensor-bound-read", Kind.REASSOCIATED, f"{name}(slice)", f"{name}(base), masked", _LAST_BIT_BOUND
+        )
     return Window(session, result, axes)
 
 
@@ -227,7 +247,11 @@ def _cast(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
         return function(window, *[a._value if isinstance(a, Window) else a for a in rest], **kwargs)
     result = function(window._value, *[a._value if isinstance(a, Window) else a for a in rest], **kwargs)
     is_copy = window._is_copy or name == "contiguous"
-    return window if result is window._value and not is_copy else Window(window._session, result, window._axes, is_copy=is_copy)
+    return (
+        window
+        if result is window._value and not is_copy
+        else Window(window._session, result, window._axes, is_copy=is_copy)
+    )
 
 
 def _operand(session: Session, axes: Sequence[Axis], name: str, value: Any) -> Any:
@@ -243,7 +267,9 @@ def _operand(session: Session, axes: Sequence[Axis], name: str, value: Any) -> A
     return value
 
 
-def _keep_divisor_safe(session: Session, axes: Sequence[Axis], name: str, operands: list[Any], named: dict[str, Any]) -> None:
+def _keep_divisor_safe(
+    session: Session, axes: Sequence[Axis], name: str, operands: list[Any], named: dict[str, Any]
+) -> None:
     """Integer division by a zero that lies outside the slice would raise where eager does not."""
     at = 0 if name.startswith("__r") else 1
     divisor = operands[at] if len(operands) > at else named.get("other")
@@ -261,15 +287,23 @@ def _keep_divisor_safe(session: Session, axes: Sequence[Axis], name: str, operan
 def _in_place(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     window = args[0]
     if not isinstance(window, Window):
-        _refuse(next(a for a in args if isinstance(a, Window))._session, f"{name} on a whole tensor", *[a for a in args if isinstance(a, Window)])
+        _refuse(
+            next(a for a in args if isinstance(a, Window))._session,
+            f"{name} on a whole tensor",
+            *[a for a in args if isinstance(a, Window)],
+        )
     session, base = window._session, window._value
     pure = f"__{name[3:]}" if name.startswith("__i") else name[:-1]
     result = _elementwise(getattr(torch.Tensor, pure), pure, args, kwargs)
     value = result._value
     if not torch.can_cast(value.dtype, base.dtype):
         raise RuntimeError(f"result type {value.dtype} can't be cast to the desired output type {base.dtype}")
-    if len(value.shape) != base.ndim or not all(masks.same_size(a, b) for a, b in zip(value.shape, base.shape, strict=True)):
-        raise session.refuse("NX201", "in-place operation", f"eager refuses {name}: the result has another shape than the slice")
+    if len(value.shape) != base.ndim or not all(
+        masks.same_size(a, b) for a, b in zip(value.shape, base.shape, strict=True)
+    ):
+        raise session.refuse(
+            "NX201", "in-place operation", f"eager refuses {name}: the result has another shape than the slice"
+        )
     window._write(Window(session, value, window._axes))
     return window
 
@@ -304,7 +338,7 @@ def _reduction(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
     dims, keep = _dims(name, ndim, rest, kwargs)
     inside = [a for a in window._axes if a.dim in dims]
     if name in ("max", "min") and (rest or "dim" in kwargs) or name in ("argmax", "argmin"):
-        # Positions in the slice are those in the whole only when it starts at 0; the first of equals must stay the first.
+        # Positions in the slice are those in the whole only when it starts at 0; the first of equals stays the first.
         if any(not a.is_prefix for a in inside) or len(inside) > 1:
             _refuse(session, f"{name} with positions", window)
         if name.startswith("arg") and inside and len(dims) == ndim and ndim > 1:
@@ -343,41 +377,49 @@ def _mean(window: Window, inside: Sequence[Axis], dims: set[int], keep: bool, kw
     value = window._value
     dtype = kwargs.get("dtype") or value.dtype
     if not dtype.is_floating_point:
-        raise RuntimeError(f"mean(): could not infer output dtype. Input dtype must be a floating point dtype. Got: {dtype}")
+        raise RuntimeError(
+            f"mean(): could not infer output dtype. Input dtype must be a floating point dtype. Got: {dtype}"
+        )
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     total = (window._filled(0, inside) if inside else window._operand()).sum(sorted(dims), keepdim=keep, dtype=wide)
     count: Any = 1
     for dim in dims:
         count = count * next((a.mask.sum() for a in inside if a.dim == dim), value.shape[dim])
-    return (total / count).to(dtype)
+    mean: torch.Tensor = (total / count).to(dtype)
+    return mean
 
 
 def _softmax(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     window, *rest = args
     dim = rest[0] if rest else kwargs.get("dim")
     if dim is None or not isinstance(window, Window):
-        _refuse(next(a for a in args if isinstance(a, Window))._session, name, *[a for a in args if isinstance(a, Window)])
+        _refuse(
+            next(a for a in args if isinstance(a, Window))._session, name, *[a for a in args if isinstance(a, Window)]
+        )
     session, value = window._session, window._value
     inside = [a for a in window._axes if a.dim == (dim if dim < 0 else dim - value.ndim)]
-    session.rewrote("slice.tensor-bound-read", Kind.REASSOCIATED, f"{name}(slice)", f"{name}(where(mask, base, -inf))", _SUM_BOUND)
+    session.rewrote(
+        "slice.tensor-bound-read", Kind.REASSOCIATED, f"{name}(slice)", f"{name}(where(mask, base, -inf))", _SUM_BOUND
+    )
     whole = window._filled(float("-inf"), inside) if inside else window._operand()
     return Window(session, function(whole, *rest, **kwargs), window._axes)
 
 
 def _in_place_names() -> list[str]:
     named = [f"{n}_" for n in (*_EXACT, *_LAST_BIT) if not n.startswith("__")]
-    dunder = [f"__i{n[2:]}" for n in (*_EXACT, *_LAST_BIT) if n.startswith("__") and hasattr(torch.Tensor, f"__i{n[2:]}")]
+    dunder = [
+        f"__i{n[2:]}" for n in (*_EXACT, *_LAST_BIT) if n.startswith("__") and hasattr(torch.Tensor, f"__i{n[2:]}")
+    ]
     return [*named, *dunder]
 
 
 def _rules() -> dict[Any, tuple[str, Rule]]:
-    reductions = "sum nansum prod mean any all max min amax amin argmax argmin logsumexp count_nonzero".split()
     table: list[tuple[Rule, Sequence[str]]] = [
         (_elementwise, [*_EXACT, *_LAST_BIT]),
         (_cast, _CASTS),
         (_in_place, _in_place_names()),
         (_fill, ["fill_", "zero_", "copy_"]),
-        (_reduction, reductions),
+        (_reduction, _REDUCTIONS),
         (_softmax, ["softmax", "log_softmax"]),
     ]
     rules: dict[Any, tuple[str, Rule]] = {}
@@ -403,11 +445,27 @@ def _operator(name: str) -> Any:
     return operate
 
 
-for _name in (*_EXACT, *_LAST_BIT, *_in_place_names(), "__matmul__", "__rmatmul__", "__float__", "__int__", "__index__", "__contains__"):
+for _name in (
+    *_EXACT,
+    *_LAST_BIT,
+    *_in_place_names(),
+    "__matmul__",
+    "__rmatmul__",
+    "__float__",
+    "__int__",
+    "__index__",
+    "__contains__",
+):
     if _name.startswith("__") and hasattr(torch.Tensor, _name):
         setattr(Window, _name, _operator(_name))
 
 
-def find(values: Any) -> list[Window]:
-    """Every window inside ``values`` (containers of any depth that pytree knows)."""
-    return [v for v in pytree.tree_leaves(values) if isinstance(v, Window)]
+def check_outputs(session: Session, outputs: Any) -> None:
+    """Refuse a model that returns a window, or keeps one: its size depends on data.
+
+    Raises:
+        CaptureError: at the line that took the slice.
+    """
+    for value in pytree.tree_leaves(outputs):
+        if isinstance(value, Window):
+            _refuse(session, "an output", value)

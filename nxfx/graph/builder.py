@@ -89,7 +89,7 @@ class NodeBuilder:
         if self._origin is None:
             raise RuntimeError("NodeBuilder.cast outside `with build.before(...)` or `build.after(...)`")
         cast = self.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
-        return self._finish(cast, meta.retype(value, dtype))
+        return self._finish(cast, meta.cast(value, dtype))
 
     def scalar(self, value: bool | int | float, dtype: torch.dtype, device: torch.device) -> fx.Node:
         """A 0-d tensor constant of ``dtype``: ``aten.full([], value)``."""

@@ -16,8 +16,8 @@ from nxfx.graph.slices import Extent, is_known
 
 aten = torch.ops.aten
 
-# What a dim runs along: a base axis; None: nothing, it has size 1; a negative number (the same for the same dim of all index
-# tensors): it is free, several positions are chosen along it.
+# What a dim runs along: a base axis; None: nothing, it has size 1; a negative number (the same for the same dim of
+# all index tensors): it is free, several positions are chosen along it.
 Label: TypeAlias = "int | None"
 
 
@@ -28,7 +28,8 @@ def is_free(label: Label) -> bool:
 
 @dataclass(frozen=True)
 class Ramp:
-    """An index tensor that holds ``start + step * i (+ offset)`` along ``dim`` and varies along other dims by its offset only.
+    """An index tensor that holds ``start + step * i (+ offset)`` along ``dim`` and varies along other dims by its
+    offset only.
 
     Attributes:
         offset: an integer node that broadcasts to the index tensor and has size 1 along ``dim``, or None.
@@ -69,9 +70,11 @@ class IndexWrite:
 
     Attributes:
         base: what is written into.
-        value: what is written, None when every element is ``number``; ``labels[i]`` tells what the value's dim i runs along.
+        value: what is written, None when every element is ``number``; ``labels[i]`` tells what the value's dim i runs
+            along.
         number: a real 0-d tensor of the base's dtype.
-        axes: base axis → the positions written, for axes indexed in order; an axis that is nowhere else is written whole.
+        axes: base axis → the positions written, for axes indexed in order; an axis that is nowhere else is written
+            whole.
         targets: axes whose positions are data.
         chooser: the target along whose free dim the value differs.
         mask: a bool tensor over the base's axes ``mask_axes``.

@@ -41,6 +41,11 @@ def contract_of(gm: fx.GraphModule) -> Contract:
     return Contract(inputs, tuple(_describe(_output_value(o)) for o in _outputs(gm.graph)))
 
 
+def drawing(gm: fx.GraphModule) -> tuple[str, ...]:
+    """The graph as text: two drawings differ when a node, its place, its op or its arguments do."""
+    return tuple(f"{n.op} {n.name} {n.target} {n.args} {n.kwargs}" for n in gm.graph.nodes)
+
+
 def check(gm: fx.GraphModule, contract: Contract | None = None) -> list[Broken]:
     """Every broken invariant of ``gm``: order, metadata, values that re-evaluation does not confirm, mutation, contract."""
     broken = list(_structure(gm))
@@ -70,6 +75,8 @@ def _values(graph: fx.Graph) -> Iterator[Broken]:
         if node.op in ("output", "placeholder"):
             continue
         if node.op == "get_attr":
+            if meta.val(node) is None and not all(walk.is_higher_order(user) for user in node.users):
+                yield Broken("has-val", node.name, f"the attribute {node.target} has no `val`")
             continue
         if meta.val(node) is None and not _is_valueless(node):
             yield Broken("has-val", node.name, f"{node.target} has no `val`")

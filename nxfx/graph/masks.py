@@ -1,6 +1,7 @@
 """Masks of regions as ``arange`` comparisons, and values placed where a mask selects them.
 
-Equal masks of one graph are one node: create one :class:`MaskBuilder` a graph and visit the writes in graph order, so that what
+Equal masks of one graph are one node: create one :class:`MaskBuilder` a graph and visit the writes in graph order, so
+    that what
 is shared stands before all of its users.
 """
 
@@ -283,7 +284,8 @@ class MaskBuilder:
     # --- values ---
 
     def align(self, node: fx.Node, axes: Sequence[int | None], rank: int, *, full: bool = False) -> fx.Node:
-        """``node`` with its dim i at axis ``axes[i]`` of ``rank`` axes (None: a dim of size 1 that goes away), size 1 at the others.
+        """``node`` with its dim i at axis ``axes[i]`` of ``rank`` axes (None: a dim of size 1 that goes away), size 1
+        at the others.
 
         Leading axes of size 1 are left out, the result broadcasts; not so when ``full``.
         """
@@ -315,10 +317,11 @@ class MaskBuilder:
         filler: Any = 0,
         single: bool = False,
     ) -> fx.Node:
-        """``node``, aligned to ``rank`` axes and holding the positions ``axes[axis]`` of each axis, spread to all of ``base``.
+        """``node``, aligned to ``rank`` axes and holding the positions ``axes[axis]`` of each axis, spread to all of
+        ``base``.
 
-        Where its size is 1 it broadcasts and is left so, unless ``single`` asks for it to be spread too. ``filler`` stands at the
-        other positions. Pads and reshapes only: no gather.
+        Where its size is 1 it broadcasts and is left so, unless ``single`` asks for it to be spread too. ``filler``
+        stands at the other positions. Pads and reshapes only: no gather.
         """
         padding: dict[int, tuple[Any, Any]] = {}
         for axis, shown in axes.items():

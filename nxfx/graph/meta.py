@@ -88,6 +88,26 @@ def contiguous(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> 
     return FakeTensor(like.fake_mode, made, like.device) if isinstance(like, FakeTensor) else torch.empty_like(made, device=like.device)
 
 
+def cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What ``_to_copy(value, dtype=dtype)`` gives: the same strides when ``value`` is dense, packed ones when it is not."""
+    if isinstance(value, FakeTensor) and not _is_dense(value):
+        with _quiet(value.fake_mode):
+            return torch.ops.aten._to_copy.default(value, dtype=dtype)
+    return retype(value, dtype)
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether the strides cover memory without holes or overlaps, in some order of the dimensions. Unsure: False."""
+    if any(not isinstance(n, int) for n in (*value.shape, *value.stride())):
+        return False
+    expected = 1
+    for stride, size in sorted((t, s) for s, t in zip(value.shape, value.stride(), strict=True) if s != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def move(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The fake ``value`` on another device (a meta tensor stands for itself)."""
     if not isinstance(value, FakeTensor):

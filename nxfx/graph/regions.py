@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -10,6 +11,8 @@ from torch import fx
 
 from nxfx.graph import meta
 from nxfx.graph.slices import INT64_MAX, Extent, is_known, is_static, select_extent, slice_extent
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -154,11 +157,23 @@ def _is_single(shown: Axis, size: Any) -> bool:
     return shown.count == 1 if isinstance(shown, Extent) else shown.is_select
 
 
-def _key(bound: Any) -> Any:
-    value = meta.val(bound) if isinstance(bound, fx.Node) else bound
-    if isinstance(value, torch.SymInt):
-        return value.node.expr
-    return value if is_static(value) else bound
+# Ops that give equal results on equal operands, which a bound is usually made of.
+_PURE = frozenset(
+    {
+        aten._local_scalar_dense.default, aten.item.default, aten.select.int, aten.view.default, aten.mul.Tensor,
+        aten.add.Tensor, aten.sub.Tensor, operator.add, operator.sub, operator.mul,
+    }
+)  # fmt: skip
+
+
+def _key(bound: Any, depth: int = 8) -> Any:
+    """Equal for bounds that are certainly equal: by value, by symbol, or by being the same arithmetic on the same tensors."""
+    if not isinstance(bound, fx.Node):
+        return tuple(_key(b, depth) for b in bound) if isinstance(bound, (list, tuple)) else bound
+    if bound.op == "call_function" and bound.target in _PURE and depth > 0:
+        return bound.target, *(_key(a, depth - 1) for a in bound.args), *sorted(bound.kwargs)
+    value = meta.val(bound)
+    return value.node.expr if isinstance(value, torch.SymInt) else bound
 
 
 def _reaches(end: Any, size: Any) -> bool:

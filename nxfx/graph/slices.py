@@ -1,11 +1,12 @@
 """The one slice normaliser: Python's clamp semantics for every kind of bound.
 
-A bound may be absent, negative, far beyond the end (``INT64_MAX`` stands for "to the end" in ATen), symbolic or a tensor.
-Negative bounds count from the end, once; what is still out of range is clamped, never wrapped: on an axis of size 4 the
-bound -99 is 0 and 99 is 4. The rule is written once, over a :class:`Calculus`, so that integers, SymInts, graph nodes and
-tensors cannot disagree.
+A bound may be absent, negative, far beyond the end (``INT64_MAX`` stands for "to the end" in ATen), symbolic or a
+tensor. Negative bounds count from the end, once; what is still out of range is clamped, never wrapped: on an axis of
+size 4 the bound -99 is 0 and 99 is 4. The rule is written once, over a :class:`Calculus`, so that integers, SymInts,
+graph nodes and tensors cannot disagree.
 
-Private torch API used here: ``torch.fx.experimental.symbolic_shapes.statically_known_true``, tested on torch 2.9 and 2.13.
+Private torch API used here: ``torch.fx.experimental.symbolic_shapes.statically_known_true``, tested on torch 2.9 and
+    2.13.
 """
 
 from __future__ import annotations

@@ -44,10 +44,13 @@ def bodies(gm: fx.GraphModule, node: fx.Node) -> Iterator[tuple[str, fx.GraphMod
 
 def scopes(gm: fx.GraphModule, path: str = "", owner: fx.Node | None = None) -> Iterator[Scope]:
     """Bodies first, then ``gm`` itself; an unknown higher-order op's body is not entered (see :func:`unknown_bodies`)."""
+    seen: set[fx.GraphModule] = set()
     for node in gm.graph.nodes:
         if is_higher_order(node) and node.target.name() in KNOWN_HIGHER_ORDER_OPS:
             for name, body in bodies(gm, node):
-                yield from scopes(body, f"{path}{name}.", node)
+                if body not in seen:  # invoke_subgraph runs one body from many nodes
+                    seen.add(body)
+                    yield from scopes(body, f"{path}{name}.", node)
     yield Scope(gm, path, owner)
 
 

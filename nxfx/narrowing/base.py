@@ -34,19 +34,17 @@ class Kept:
 class Narrower:
     """What both dtypes have in common: records, findings and the consumers that must see the wide dtype."""
 
-    def __init__(
-        self, step: Pass, gm: fx.GraphModule, context: PassContext, wide: torch.dtype, narrow: torch.dtype
-    ) -> None:
+    def __init__(self, step: Pass, gm: fx.GraphModule, context: PassContext, *wide: torch.dtype) -> None:
         self.step, self.context, self.options = step, context, step.options
         self.result = PassResult()
         self.gm = gm
-        self.book = Book(gm.graph, step.name, wide, narrow)
+        self.book = Book(gm.graph, step.name, *wide)
         self.kept: dict[fx.Node, Kept] = {}
-        self._names = (str(wide).removeprefix("torch."), str(narrow).removeprefix("torch."))
 
-    def record(self, node: fx.Node, rule: str, before: str = "", after: str = "", kind: Kind = Kind.EXACT, bound: str = "") -> None:
-        rewrite = self.step.rewrite(node, f"narrow.{rule}", kind, before or self._names[0], after or self._names[1], bound)
-        self.result.rewrites.append(rewrite)
+    def record(
+        self, node: fx.Node, rule: str, before: str, after: str, kind: Kind = Kind.EXACT, bound: str = ""
+    ) -> None:
+        self.result.rewrites.append(self.step.rewrite(node, f"narrow.{rule}", kind, before, after, bound))
 
     def keep(self, node: fx.Node, code: str, reason: str, fix: str) -> None:
         if self.inherit(node):
@@ -65,18 +63,24 @@ class Narrower:
         """Outputs keep their dtype: a cast back, which the boundary takes out."""
         peel = self.context.is_body or self.options.boundary == "keep"
         for operand in self.book.restore(node, peel=peel):
-            self.record(operand, "output", self._names[1], self._names[0])
+            narrow = meta.dtype_of(operand)
+            assert narrow is not None
+            self.record(operand, "output", name(narrow), name(self.book.wide[narrow]))
 
     def metadata_assert(self, node: fx.Node) -> None:
         """The assertion now asserts the new dtype."""
-        if self.book.operands(node) and node.args[0] not in self.kept and meta.dtype_of(node.args[0]) == self.book.narrow:
-            key: int | str = 3 if len(node.args) > 3 else "dtype"
-            if arg(node, 3, "dtype") == self.book.wide:
-                integer_ops.set_argument(node, key, self.book.narrow)
-                self.record(node, "assert")
-                self.book.changed = True
+        asserted, now = arg(node, 3, "dtype"), meta.dtype_of(node.args[0])
+        if now is not None and self.book.narrow.get(asserted) == now:
+            integer_ops.set_argument(node, 3 if len(node.args) > 3 else "dtype", now)
+            self.record(node, "assert", name(asserted), name(now))
+            self.book.changed = True
 
     def finish(self) -> PassResult:
         self.result.changed = self.book.changed
         self.result.findings += [k.finding() for k in {id(k): k for k in self.kept.values()}.values()]
         return self.result
+
+
+def name(dtype: torch.dtype) -> str:
+    """``"int64"`` for torch.int64."""
+    return str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nxfx.analysis import dtype_rules
 from nxfx.graph import meta
 from nxfx.graph.builder import NodeBuilder, refresh
 
@@ -15,17 +16,18 @@ aten = torch.ops.aten
 
 
 class Book:
-    """Turns nodes of dtype ``wide`` into nodes of dtype ``narrow``, keeping every consumer's operands consistent.
+    """Turns nodes of wide dtypes into nodes of narrow ones, keeping every consumer's operands consistent.
 
     A value is narrow either in place (the op itself now gives the narrow dtype) or by a cast right after its producer, which is made
     when the first consumer takes it. Nodes are to be visited in topological order: a consumer either takes all its operands narrow
     or asks for all of them wide.
     """
 
-    def __init__(self, graph: fx.Graph, made_by: str, wide: torch.dtype, narrow: torch.dtype) -> None:
+    def __init__(self, graph: fx.Graph, made_by: str, *wide: torch.dtype) -> None:
         self.build = NodeBuilder(graph, made_by)
         self.graph = graph
-        self.wide, self.narrow = wide, narrow
+        self.narrow = {w: dtype_rules.narrow(w) for w in wide}
+        self.wide = {n: w for w, n in self.narrow.items()}
         self.changed = False
         self._narrow: set[fx.Node] = set()
         self._edges: dict[tuple[fx.Node, fx.Node], bool] = {}  # exceptions to _narrow, by (producer, consumer)
@@ -44,8 +46,8 @@ class Book:
         """Whether ``node``'s value (or one of its outputs) is wide as it stands."""
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            return value.dtype == self.wide
-        return isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) and v.dtype == self.wide for v in value)
+            return value.dtype in self.narrow
+        return isinstance(value, (list, tuple)) and any(isinstance(v, torch.Tensor) and v.dtype in self.narrow for v in value)
 
     def is_own_cast(self, node: fx.Node) -> bool:
         """A cast that this pass made in an earlier run: final."""
@@ -59,11 +61,11 @@ class Book:
         """``node`` itself gives the narrow dtype now (all its wide outputs, or ``only`` these)."""
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
-            node.meta["val"] = meta.retype(value, self.narrow)
+            node.meta["val"] = meta.retype(value, self.narrow[value.dtype])
         else:
             chosen = range(len(value)) if only is None else set(only)
             new = [
-                meta.retype(v, self.narrow) if i in chosen and isinstance(v, torch.Tensor) and v.dtype == self.wide else v
+                meta.retype(v, self.narrow[v.dtype]) if i in chosen and isinstance(v, torch.Tensor) and v.dtype in self.narrow else v
                 for i, v in enumerate(value)
             ]
             node.meta["val"] = new if isinstance(value, list) else tuple(new)
@@ -102,13 +104,13 @@ class Book:
     def cast_behind(self, node: fx.Node, origin: fx.Node | None = None) -> fx.Node:
         """A narrow cast of ``node``, right behind it."""
         with self.build.after(node, origin):
-            cast = self.build.cast(node, self.narrow)
+            cast = self.build.cast(node, self.narrow[node.meta["val"].dtype])
         self._narrow.add(cast)
         return cast
 
     def cast_source(self, source: fx.Node, origin: fx.Node) -> bool:
         """Every use of an input reads a narrow cast right behind it, but for the model's own cast to the narrow dtype."""
-        users = [u for u in source.users if not (self._is_cast(u) and meta.dtype_of(u) == self.narrow)]
+        users = [u for u in source.users if not (self._is_cast(u) and meta.dtype_of(u) in self.wide)]
         if not users:
             return False
         cast = self.cast_behind(source, origin)
@@ -140,7 +142,7 @@ class Book:
                 continue
             if operand not in self._wide_of:
                 with self.build.after(operand):
-                    self._wide_of[operand] = self.build.cast(operand, self.wide)
+                    self._wide_of[operand] = self.build.cast(operand, self.wide[operand.meta["val"].dtype])
             wide = self._wide_of[operand]
             cast_up |= self.is_own_cast(wide)
             node.replace_input_with(operand, wide)
@@ -161,7 +163,7 @@ class Book:
             wide = self._wide_of.get(operand) if peel else None
             if wide is None:
                 with self.build.before(output, operand):
-                    wide = self.build.cast(operand, self.wide)
+                    wide = self.build.cast(operand, self.wide[operand.meta["val"].dtype])
                 cast_up.append(operand)
             output.replace_input_with(operand, wide)
             self.changed = True

@@ -9,7 +9,8 @@ from torch import fx
 
 from nxfx.analysis import float64, integer_ops
 from nxfx.analysis.provenance import Role
-from nxfx.narrowing.base import Narrower
+from nxfx.graph import meta
+from nxfx.narrowing.base import Narrower, name
 from nxfx.narrowing.verdicts import op_name
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report.findings import Severity
@@ -17,8 +18,8 @@ from nxfx.report.rewrites import Kind
 
 
 class NarrowFloats(Narrower):
-    def __init__(self, step: Pass, gm: fx.GraphModule, context: PassContext, wide: torch.dtype) -> None:
-        super().__init__(step, gm, context, wide, float64.NARROW[wide])
+    def __init__(self, step: Pass, gm: fx.GraphModule, context: PassContext) -> None:
+        super().__init__(step, gm, context, torch.float64, torch.complex128)
         self.everything = self.options.fp64 == "narrow"
 
     def run(self, nodes: list[fx.Node]) -> PassResult:
@@ -64,8 +65,9 @@ class NarrowFloats(Narrower):
         """``node`` in the narrow dtype: its dtype keyword, sentinels beyond fp32, and what torch then makes of it."""
         exact = not self.everything or float64.rounds_at_every_use(node, float64.filled_with(node))
         was_wide = self.book.is_wide(node)
-        if node.kwargs.get("dtype") == self.book.wide:
-            node.update_kwarg("dtype", self.book.narrow)
+        asked = node.kwargs.get("dtype")
+        if isinstance(asked, torch.dtype) and asked in self.book.narrow:
+            node.update_kwarg("dtype", self.book.narrow[asked])
         for key, number in integer_ops.python_numbers(node).items() if self.everything else ():
             saturated = float64.saturated(number)
             if saturated != number:
@@ -78,15 +80,15 @@ class NarrowFloats(Narrower):
 
     def _record(self, node: fx.Node, rule: str, *, exact: bool) -> None:
         if exact:
-            self.record(node, rule)
+            self.record(node, rule, "float64", "float32")
         else:
-            self.record(node, rule, kind=Kind.REASSOCIATED, bound="rounded to fp32 on request (fp64=narrow)")
+            self.record(node, rule, "float64", "float32", Kind.REASSOCIATED, "rounded to fp32 on request (fp64=narrow)")
 
     def _keep(self, node: fx.Node) -> None:
         if not self.book.is_wide(node):
             return
-        name = self._names[0]
+        dtype = meta.dtype_of(node) or torch.float64
         source = self.context.sources.get(node.name)
-        what = f"`{source.name}` is {name}" if source is not None else f"`{op_name(node)}` gives {name}"
-        fix = f"write {self._names[1]} in the model, or let narrow-64bit{{fp64=narrow}} compute in it"
+        what = f"`{source.name}` is {name(dtype)}" if source is not None else f"`{op_name(node)}` gives {name(dtype)}"
+        fix = f"write {name(self.book.narrow[dtype])} in the model, or let narrow-64bit{{fp64=narrow}} compute in it"
         self.keep(node, "NX302", what, fix)

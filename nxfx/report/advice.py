@@ -1,22 +1,25 @@
 """What a value-dependent construct becomes on the way to Neuron, and what to write instead.
 
-Sources: the legacy trace executes the model lazily and runs what it has as soon as Python wants a value (torch-xla 2.9,
-``PT_XLA_DEBUG_LEVEL=2``); TorchNeuron compiles with ``fullgraph=True`` and refuses ``dynamic=True``; Dynamo breaks the graph
-at a data-dependent value unless told otherwise (``capture_scalar_outputs``, ``capture_dynamic_output_shape_ops``).
+Sources: a legacy trace executes the model lazily and runs what it has as soon as Python wants a value (torch-xla 2.9,
+``PT_XLA_DEBUG_LEVEL=2``); TorchNeuron compiles with ``fullgraph=True`` and refuses ``dynamic=True``; Dynamo breaks the
+graph at a data-dependent value unless ``capture_scalar_outputs`` or ``capture_dynamic_output_shape_ops`` is set.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BRANCH = "A legacy trace bakes in the side the example takes; TorchNeuron (fullgraph=True) refuses it; torch.compile breaks the graph here."
-VALUE = "A legacy trace bakes in the example's value; TorchNeuron (fullgraph=True) refuses it; torch.compile breaks the graph here."
-SIZE = "A legacy trace freezes the example's size; TorchNeuron (fullgraph=True) refuses it; torch.compile breaks the graph here."
-BOUND = "A legacy trace freezes the example's bound; TorchNeuron (fullgraph=True) refuses it; torch.compile breaks the graph here."
+_ROUTES = "TorchNeuron (fullgraph=True) refuses it; torch.compile breaks the graph here."
+BRANCH = f"A legacy trace bakes in the side the example takes; {_ROUTES}"
+VALUE = f"A legacy trace bakes in the example's value; {_ROUTES}"
+SIZE = f"A legacy trace freezes the example's size; {_ROUTES}"
+BOUND = f"A legacy trace freezes the example's bound; {_ROUTES}"
 CHECK = "A legacy trace checks the example once and drops the check; the compiled model does not check."
-RANDOM = "The device draws from its own generator: other numbers than a CPU under the same seed, so outputs cannot be compared one to one."
+RANDOM = (
+    "The device draws from its own generator: other numbers than a CPU's under the same seed, so compare by statistics."
+)
 HOST = "torch-xla 2.9 has no lowering for it: a legacy trace computes it on the host and bakes in the example's result."
-STATE = "Capture runs forward once: what it does to Python objects is baked into the graph and wrong from the second call on."
+STATE = "Capture runs forward once: what it does to Python objects is baked in, and wrong from the second call on."
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Advice:
     fix: str
 
 
-_CHOOSE = "compute both sides and choose: torch.where(condition, a, b); or decide by a Python flag that is set before the model is compiled"
+_CHOOSE = "compute both sides and choose: torch.where(condition, a, b); or decide by a Python flag before compiling"
 _LOGIC = "combine conditions as tensors: a & b, a | b, ~a; then choose with torch.where(condition, a, b)"
 _STAY = "stay with tensors: a 0-d tensor serves in arithmetic, in torch.where and as a position x[t]"
 _FIXED_SIZE = "pick a fixed maximum N, compute all N and mask the rest: torch.where(torch.arange(N) < t, value, 0)"
@@ -56,7 +59,11 @@ SYNTAX: dict[str, Advice] = {
     ),
     "loop": Advice("NX403", SIZE, _FIXED_SIZE),
     "format": Advice("NX402", VALUE, "keep text out of forward: return the tensor and format it outside the model"),
-    "write": Advice("NX404", BOUND, "write through a mask: x = torch.where(torch.arange(x.shape[0]) < n, value, x)"),
+    "write": Advice(
+        "NX404",
+        BOUND,
+        "write through a mask, for the last dimension: x = torch.where(torch.arange(x.shape[-1]) < n, value, x)",
+    ),
     "read": Advice(
         "NX402",
         VALUE,
@@ -65,7 +72,7 @@ SYNTAX: dict[str, Advice] = {
     "slice": Advice(
         "NX404",
         BOUND,
-        "read all of it and mask what is beyond the bound: torch.where(torch.arange(x.shape[0]) < n, x, 0)",
+        "read all of it and mask the rest, for the last dimension: torch.where(torch.arange(x.shape[-1]) < n, x, 0)",
     ),
 }
 CALLS: dict[str, Advice] = {

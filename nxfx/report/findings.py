@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -99,5 +99,5 @@ def merge(findings: list[Finding]) -> list[Finding]:
         if key in merged:
             merged[key].count += f.count
         else:
-            merged[key] = f
+            merged[key] = replace(f)  # the caller's own record keeps its count
     return list(merged.values())

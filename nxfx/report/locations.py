@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n\s+(.*))?')
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)(?:\n[ \t]+(?![ \t]*File ")(.*))?')
 _SITE_PACKAGES = tuple(
     {os.path.realpath(p) + os.sep for p in (sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"])}
 )
+_INSTALLED = {"site-packages", "dist-packages"}
 _STDLIB = os.path.realpath(sysconfig.get_paths()["stdlib"]) + os.sep
 # Never the author's line: torch itself and nxfx's own capture.
 _MACHINERY = (
@@ -58,7 +59,7 @@ def frame_rank(file: str) -> int:
     path = os.path.realpath(file)
     if path.startswith(_MACHINERY):
         return 0
-    if path.startswith(_SITE_PACKAGES) or f"{os.sep}site-packages{os.sep}" in path:
+    if path.startswith(_SITE_PACKAGES) or not _INSTALLED.isdisjoint(path.split(os.sep)):
         return 1
     return 0 if path.startswith(_STDLIB) else 2
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -60,5 +60,5 @@ def merge(rewrites: list[Rewrite]) -> list[Rewrite]:
         if key in merged:
             merged[key].count += r.count
         else:
-            merged[key] = r
+            merged[key] = replace(r)  # the caller's own record keeps its count
     return list(merged.values())

@@ -1,8 +1,8 @@
 """From an exception to the place in the user's source where it happened, and to the Python construct that stands there.
 
-A traceback says which bytecode instruction of which frame was running, and since Python 3.11 which columns it stands for.
-Together with the syntax tree of the file that tells ``if x.any():`` from ``int(x)`` from ``x[:n]``, which the exception of a
-tracer does not.
+A traceback says which bytecode instruction of which frame was running, and since Python 3.11 which columns it stands
+for. Together with the syntax tree of the file that tells ``if x.any():`` from ``int(x)`` from ``x[:n]``, which the
+exception of a tracer does not.
 """
 
 from __future__ import annotations
@@ -78,11 +78,12 @@ class Construct:
 
     Attributes:
         kind: ``"if"``, ``"while"``, ``"assert"``, ``"conditional"``, ``"and-or"``, ``"not"``, ``"in"``, ``"call"``,
-            ``"read"`` (``x[i]``), ``"slice"`` (``x[a:b]``), ``"write"`` (``x[i] = v``), ``"loop"`` (iteration or unpacking), ``"format"``, ``"raise"``,
+            ``"read"`` (``x[i]``), ``"slice"`` (``x[a:b]``), ``"write"`` (``x[i] = v``),
+            ``"loop"`` (iteration or unpacking), ``"format"``, ``"raise"``,
             ``"attribute"`` (``x.name``) or ``""``.
         name: what is called (``"torch.split"``; ``".item"`` for a method of an expression) or the attribute.
         nested: names of everything that is called inside the construct.
-        test: what of ``"if"``, ``"while"``, ``"assert"`` ... the statement around it tests, whatever the construct itself is.
+        test: what of ``"if"``, ``"while"``, ``"assert"`` ... the statement around it tests, whatever the construct is.
     """
 
     kind: str = ""

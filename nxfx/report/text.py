@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from nxfx.graph.escaping import printable
+
 if TYPE_CHECKING:
     from nxfx.report.report import Report
     from nxfx.report.rewrites import Rewrite
@@ -67,4 +69,4 @@ def render(report: Report) -> str:
     if report.compiler_args:
         lines.append("Compiler flags")
         lines += [f"  {flag}: {why}" for flag, why in report.compiler_args.items()]
-    return "\n".join(lines)
+    return printable("\n".join(lines))  # source lines are the user's, and may hold what drives a terminal
