@@ -75,7 +75,7 @@ def prepare(
     target, pipeline = get_target(target), _pipeline(pipeline, target)
     model = model if share_state else copy.deepcopy(model)
 
-    def captured(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
+    def captured(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
         def take() -> Capture:
             return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, ranges=ranges, training=training, state_inputs=state_inputs)
 

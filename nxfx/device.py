@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -12,7 +14,7 @@ def devices_of(graph_module: fx.GraphModule) -> set[torch.device]:
     """Every device that the graph names in an argument."""
     found: set[torch.device] = set()
 
-    def note(value: object) -> object:
+    def note(value: Any) -> Any:
         if isinstance(value, torch.device):
             found.add(value)
         return value
@@ -33,7 +35,7 @@ def retarget(graph_module: fx.GraphModule, device: torch.device) -> bool:
     """Rewrite every device that the graph names to ``device``; says whether anything changed."""
     changed = False
 
-    def swap(value: object) -> object:
+    def swap(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value
 
     for scope in walk.scopes(graph_module):

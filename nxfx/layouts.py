@@ -71,4 +71,4 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """First byte in the storage, and the one after the last."""
     size = tensor.element_size()
     first = tensor.storage_offset() * size
-    return first, first + size + size * sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(first), int(first + size + size * sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)))

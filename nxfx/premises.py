@@ -11,7 +11,6 @@ from nxfx.analysis.provenance import Premise
 from nxfx.errors import PrepareError
 from nxfx.graph.meta import FakeTensor
 
-
 _NEVER = itertools.count(1)
 
 

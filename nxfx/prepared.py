@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import threading
 import types
@@ -216,7 +217,7 @@ class CapturedCall:
                     inputs[names.index(name)].copy_(outputs[self.mutated_buffers[buffer]])
         if convention.arguments_after is not None:
             after = convention.arguments_after
-            update(arguments, after.spec, self._resolve(after, outputs, inputs))
+            update(arguments, after.spec, self._resolve(after, outputs, inputs), lambda path: at(arguments, path))
         # All values before any write: a value may stand where another write goes.
         values = [
             None if w.value is None else unflatten(w.value.spec, self._resolve(w.value, outputs, inputs)) for w in convention.state_writes
@@ -281,7 +282,7 @@ def _refuse_layouts(flat: Flat) -> None:
             )
 
 
-Capturer = Callable[[tuple[Any, ...], dict[str, Any]], CapturedCall]
+Capturer = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], CapturedCall]
 
 
 class PreparedModule(torch.nn.Module):
@@ -328,7 +329,7 @@ class PreparedModule(torch.nn.Module):
                 found = self._captures.get(signature)
                 if found is None or not found.holds():
                     with torch.inference_mode(False):  # tensors made here serve other calls
-                        found = self._capturer(*arguments)
+                        found = self._capturer(self._model, *arguments)
                     self._learn_dynamic_dims(flat, found)
                     self._captures[self._signature(flat)] = found
         return found
@@ -434,6 +435,13 @@ class PreparedModule(torch.nn.Module):
                     moved = Signature(signature.structure, tensors, signature.training, signature.grad, signature.autocast)
                     self._captures[moved] = found
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedModule:
+        """A prepared copy of the model; it captures anew on its first call."""
+        return PreparedModule(copy.deepcopy(self._model, memo), self._capturer, training=self._allow_grad)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PrepareError("a prepared module cannot be pickled: use .save(path) and nxfx.load(path)")
 
     def save(self, path: str | FilePath) -> None:
         """Write graph, weights, boundary and report to one file; :func:`nxfx.load` reads it back."""

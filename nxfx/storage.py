@@ -174,7 +174,7 @@ def _rebuild(program: torch.export.ExportedProgram, extra: dict[str, Any]) -> Pr
     call = CapturedCall(skeleton, capture, boundary, report, check=extra["check"], training=extra["allow_grad"])
     signature = _signature_from_json(extra["signature"])
 
-    def refuse(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
+    def refuse(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
         raise PrepareError(f"this file holds one capture, for {signature}; these arguments need another: prepare the model for them")
 
     prepared = PreparedModule(skeleton, refuse, training=extra["allow_grad"])

@@ -23,10 +23,11 @@ _Tag = torch.Tag
 class FlagValueDependence(Pass):
     """Report what depends on a tensor's value: what a compiler freezes, refuses or runs on the host. Changes nothing.
 
-    One finding for each producer, at the user's line: a value read into Python (what it is used for decides the code:
-    bound, size, operand, assertion), a size that depends on data, a random op, an assertion, and a higher-order op
-    whose body is not rewritten. ``torch.cond``, ``while_loop``, ``scan`` and ``map`` are data flow: no finding, but
-    their bodies are looked at like any other graph.
+    One finding for each producer, at the user's line. A value read into Python: what it is used for decides between
+    NX402 (an operand, a result), NX403 (a size), NX404 (a bound) and NX407 (an assertion); NX401 where it is branched
+    on. A size that depends on data: NX403. A random op: NX405. An op that torch-xla runs on the host: NX411. A
+    higher-order op whose body is not rewritten: NX410. ``torch.cond``, ``while_loop``, ``scan`` and ``map`` are data
+    flow and give no finding, but their bodies are looked at like any other graph.
 
     Given::
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.analysis import dtype_rules
-from nxfx.analysis.finiteness import Finiteness
-from nxfx.analysis.index_writes import INDEX_WRITES, Indices, read_index_write
-from nxfx.analysis.slice_writes import SCATTERS, SliceWrite, read_slice_write, written_value
-from nxfx.analysis.uniform import UniformValues
-from nxfx.analysis.views import Views
+from nxfx.analysis.index_writes import INDEX_WRITES
+from nxfx.analysis.slice_writes import SliceWrite
+from nxfx.analysis.write_plan import WRITERS, PlannedWrite, WritePlan
 from nxfx.graph import meta, storage
 from nxfx.graph.builder import NodeBuilder
 from nxfx.graph.index_masks import IndexMasks, IndexWrite
@@ -24,26 +20,17 @@ from nxfx.graph.masks import MaskBuilder, has_shape
 from nxfx.graph.regions import Region, SymbolicSlice
 from nxfx.graph.slices import is_known
 from nxfx.pipeline import Pass, PassContext, PassResult
-from nxfx.report.findings import Severity
+from nxfx.report.findings import Finding, Severity
 from nxfx.report.rewrites import Kind
 
 aten = torch.ops.aten
 
-_REDUCES = "it reduces what it writes"
-_KEPT = {
-    aten.masked_scatter.default: "the value that goes to a masked element depends on how many come before it",
-    aten.scatter.reduce: _REDUCES,
-    aten.scatter.value_reduce: _REDUCES,
-    aten.scatter_reduce.two: _REDUCES,
-    aten.index_reduce.default: _REDUCES,
-    aten.put.default: "it writes through flat indices",
-}
 _FIXES = {
-    "NX201": "write torch.where(mask, value, tensor) with a mask made of torch.arange comparisons and a value of the tensor's shape",
+    "NX201": "write torch.where(mask, value, tensor) with a mask of torch.arange comparisons and a value of its shape",
     "NX202": "index with torch.arange plus one position, with the indices of topk or sort, or with one position",
 }
-# Dtypes that have no `where` on some supported torch.
-_NO_SELECT = frozenset({torch.uint16, torch.uint32, torch.uint64})
+_SUMS = frozenset({aten.index_add.default, aten.scatter_add.default})
+_UNCHANGED = "its base: the write changes nothing"
 
 
 @dataclass(frozen=True)
@@ -101,26 +88,10 @@ class MaskSliceWrites(Pass):
 
     name = "mask-slice-writes"
     Options = Options
-    targets = frozenset({*SCATTERS, *INDEX_WRITES, *_KEPT, aten.copy.default})
+    targets = WRITERS
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         return _Rewriter(self, graph_module.graph, context).run()
-
-
-@dataclass
-class _Planned:
-    """A write that will be replaced.
-
-    Attributes:
-        node: what the replacement stands for: the scatter, or the view that puts its result back in order.
-        scatter: the node that writes.
-        inputs: the nodes that the replacement depends on.
-    """
-
-    node: fx.Node
-    scatter: fx.Node
-    write: SliceWrite | IndexWrite
-    inputs: set[fx.Node]
 
 
 @dataclass
@@ -133,119 +104,32 @@ class _Made:
 
 
 class _Rewriter:
-    """One run. It plans from the last write to the first, so that the inner links of a chain are not planned by
-    themselves, and
-    builds from the first to the last, so that shared masks stand before their users."""
+    """Carries out the plan for one graph, from the first write to the last: shared masks stand before their users."""
 
     def __init__(self, step: MaskSliceWrites, graph: fx.Graph, context: PassContext) -> None:
         self.step, self.graph, self.context = step, graph, context
+        self.plan = WritePlan(graph, context.sources)
         self.build = NodeBuilder(graph, step.name)
         self.masks = MaskBuilder(self.build)
-        self.views = Views()
-        self.uniform = UniformValues(context.sources)
-        self.finiteness = Finiteness(context.sources, self.uniform)
-        self.indices = Indices(context.sources, self.finiteness)
-        self.result = PassResult()
-        self.plans: dict[fx.Node, _Planned] = {}
-        self.required: Counter[fx.Node] = Counter()  # by how many plans
-        self.unused: set[fx.Node] = set()
+        self.result = PassResult(changed=bool(self.plan.writes))
         self.replaced: dict[fx.Node, fx.Node] = {}
 
     def run(self) -> PassResult:
-        writes = [n for n in self.graph.nodes if n.op == "call_function" and n.target in self.step.targets]
-        for scatter in reversed(writes):
-            if scatter not in self.unused and meta.is_tensor(scatter):
-                try:
-                    self._plan(scatter)
-                except Exception as error:
-                    error.nxfx_node = scatter  # type: ignore[attr-defined]  # the pipeline names it, and the user's line
-                    raise
-        for planned in reversed(self.plans.values()):
+        for planned in self.plan.writes:
             with self.build.before(planned.scatter, _with_trace(planned.scatter)):
                 self._replace(planned)
         self._erase()
-        self.result.changed = bool(self.plans)
+        self.result.findings += [self._kept(node, reason) for node, reason in self.plan.kept]
         return self.result
 
-    # --- planning ---
-
-    def _plan(self, scatter: fx.Node) -> None:
-        write = self._read(scatter)
-        if isinstance(write, str):
-            self._keep(scatter, write)
-            return
-        node, inputs = scatter, set(scatter.all_input_nodes)
-        if isinstance(write, SliceWrite):
-            node, inputs = write.node, write.inputs
-        planned = self.plans[node] = _Planned(node, scatter, write, inputs)
-        self.required.update(inputs)
-        self._release(node.all_input_nodes)
-        while isinstance(planned.write, SliceWrite) and self._unite(planned, planned.write):
-            pass
-
-    def _read(self, node: fx.Node) -> SliceWrite | IndexWrite | str:
-        """The write that ``node`` makes, or why it stays."""
-        args: Any = node.args
-        dtype = meta.val(node).dtype
-        if node.target in _KEPT:
-            return _KEPT[node.target]
-        if dtype in _NO_SELECT or dtype not in dtype_rules.TABLE:
-            return f"torch.where has no kernel for {str(dtype).removeprefix('torch.')}"
-        if node.target is aten.copy.default:
-            value = written_value(args[1], dtype, self.uniform)
-            return SliceWrite(node, args[0], [Region.whole(meta.val(node).shape)], value)
-        if node.target in SCATTERS:
-            write = read_slice_write(node, self.views, self.uniform, self.required)
-            return "its bounds do not amount to slices of the tensor it writes" if write is None else write
-        return read_index_write(node, self.indices, self.uniform)
-
-    def _unite(self, planned: _Planned, write: SliceWrite) -> bool:
-        """Join a write with the one its base comes from, when both write the same number and nothing else needs that base."""
-        base, number = write.base, write.value.number
-        if number is None or base.target not in SCATTERS or not write.regions:
-            return False
-        if self.required[base] > 1 or any(self._stays(user) for user in base.users):
-            return False
-        earlier = read_slice_write(base, self.views, self.uniform, self.required)
-        if earlier is None or earlier.node is not base or earlier.value.number is None:
-            return False
-        if not torch.equal(_bits(earlier.value.number), _bits(number)):
-            return False
-        planned.write = SliceWrite(write.node, earlier.base, earlier.regions + write.regions, write.value)
-        self.required.subtract(planned.inputs)
-        planned.inputs = planned.write.inputs
-        self.required.update(planned.inputs)
-        self._release([base])
-        return True
-
-    def _stays(self, user: fx.Node) -> bool:
-        """Whether ``user`` will still stand in the graph, and need its inputs."""
-        return user not in self.unused and user not in self.plans
-
-    def _release(self, candidates: Iterable[fx.Node]) -> None:
-        """Note which of ``candidates``, and of what only they need, nothing will need."""
-        stack = list(candidates)
-        while stack:
-            node = stack.pop()
-            if node.op != "call_function" or node in self.unused or node.is_impure() or self.required[node] > 0:
-                continue
-            if not any(self._stays(user) for user in node.users):
-                self.unused.add(node)
-                stack += node.all_input_nodes
-
-    def _keep(self, node: fx.Node, reason: str) -> None:
-        by_integers = node.target in INDEX_WRITES and "mask" not in reason
-        sums = (
-            reason == _REDUCES or node.target in (aten.index_add.default, aten.scatter_add.default) or "added" in reason
-        )
-        code = "NX202" if by_integers or sums else "NX201"
+    def _kept(self, node: fx.Node, reason: str) -> Finding:
+        sums = node.target in _SUMS or "reduces" in reason or "added" in reason
+        code = "NX202" if sums or (node.target in INDEX_WRITES and "mask" not in reason) else "NX201"
         severity = Severity.INFO if sums else Severity.WARNING
         message = f"{_name(node)} is not turned into a mask: {reason}"
-        self.result.findings.append(self.step.finding(node, code, severity, message, "" if sums else _FIXES[code]))
+        return self.step.finding(node, code, severity, message, "" if sums else _FIXES[code])
 
-    # --- building ---
-
-    def _replace(self, planned: _Planned) -> None:
+    def _replace(self, planned: PlannedWrite) -> None:
         write, node = planned.write, planned.node
         made = self._slices(write, planned) if isinstance(write, SliceWrite) else self._indexed(write, planned)
         result = storage.with_strides_of(self.build, made.node, meta.val(node))
@@ -260,10 +144,10 @@ class _Rewriter:
         """What stands for ``node`` in the graph by now."""
         return self.replaced.get(node, node)
 
-    def _slices(self, write: SliceWrite, planned: _Planned) -> _Made:
+    def _slices(self, write: SliceWrite, planned: PlannedWrite) -> _Made:
         base, value, regions = self._now(write.base), write.value, write.regions
         if not regions:
-            return _Made(self._own(base, planned), "nothing", "its base: the write changes nothing")
+            return _Made(self._own(base, planned), "nothing", _UNCHANGED)
         if value.number is not None:
             return self._filled(base, regions, value.number, planned)
         assert value.node is not None
@@ -272,19 +156,19 @@ class _Rewriter:
         dims: list[int | None] = (
             list(range(rank)) if value.placed else list(region.dims[len(region.dims) - meta.val(node).dim() :])
         )
-        mask = self.masks.region_mask(base, region)
-        if mask is None:
-            return self._everything(self.masks.align(node, dims, rank), base, planned)
-        constant = self.uniform.value(base)
+        constant = None if region.is_whole else self.plan.uniform.value(base)
         axes = {a: shown for a, shown in enumerate(region.axes) if not value.placed and not _is_select(shown)}
         if constant is not None and not value.placed and _holds(node, dims, region):
             node = self.masks.align(node, dims, rank, full=True)
             node = self.masks.place(node, base, axes, rank=rank, filler=constant.item(), single=True)
             return _Made(node, "pad", "pad: its base is one constant")
         node = self.masks.place(self.masks.align(node, dims, rank), base, axes, rank=rank)
+        mask = self.masks.region_mask(base, region)
+        if mask is None:
+            return self._everything(node, base, planned)
         return _Made(self.masks.select(mask, node, base), "slice")
 
-    def _filled(self, base: fx.Node, regions: list[Region], number: torch.Tensor, planned: _Planned) -> _Made:
+    def _filled(self, base: fx.Node, regions: list[Region], number: torch.Tensor, planned: PlannedWrite) -> _Made:
         mask: fx.Node | None = None
         for region in regions:
             part = self.masks.region_mask(base, region)
@@ -297,10 +181,10 @@ class _Rewriter:
             return self._product(base, rest)
         return _Made(self.masks.select(mask, self._number(number, base), base), "slice")
 
-    def _indexed(self, write: IndexWrite, planned: _Planned) -> _Made:
+    def _indexed(self, write: IndexWrite, planned: PlannedWrite) -> _Made:
         base = self._now(write.base)
         if write.is_empty:
-            return _Made(self._own(base, planned), "nothing", "its base: the write changes nothing")
+            return _Made(self._own(base, planned), "nothing", _UNCHANGED)
         value = None if write.value is None else self._cast(self._now(write.value), base, ())
         current = IndexMasks(self.masks, self._current(write, base, value))
         mask = current.mask()
@@ -330,15 +214,15 @@ class _Rewriter:
         mask = None if write.mask is None else self._now(write.mask)
         return dataclasses.replace(write, base=base, value=value, targets=targets, chooser=chooser, mask=mask)
 
-    def _multiplies(self, base: fx.Node, number: torch.Tensor, planned: _Planned) -> bool:
+    def _multiplies(self, base: fx.Node, number: torch.Tensor, planned: PlannedWrite) -> bool:
         """Whether a fill with ``number`` becomes a multiplication; its premises and its risk are noted."""
         dtype, mode = meta.val(base).dtype, self.step.options.multiply
         if mode == "never" or dtype.is_complex or (dtype.is_floating_point and dtype.itemsize == 1):
             return False
         if bool(number != 0) or bool(torch.signbit(number)):
             return False
-        if self.finiteness.zero_fill_may_multiply(base):
-            self.context.premises += [p for p in self.finiteness.premises(base) if p not in self.context.premises]
+        if self.plan.finiteness.zero_fill_may_multiply(base):
+            self.context.premises += [p for p in self.plan.finiteness.premises(base) if p not in self.context.premises]
             return True
         if mode == "always":
             message = (
@@ -346,7 +230,7 @@ class _Rewriter:
             )
             fix = "leave the option multiply at 'proved'"
             self.result.findings.append(self.step.finding(planned.scatter, "NX204", Severity.WARNING, message, fix))
-        return mode == "always"
+        return bool(mode == "always")
 
     def _product(self, base: fx.Node, rest: fx.Node) -> _Made:
         op = aten.bitwise_and.Tensor if meta.dtype_of(base) is torch.bool else aten.mul.Tensor
@@ -369,7 +253,7 @@ class _Rewriter:
         device = meta.val(base).device
         return node if meta.val(node).device == device else self.build.call(aten._to_copy.default, node, device=device)
 
-    def _everything(self, node: fx.Node, base: fx.Node, planned: _Planned) -> _Made:
+    def _everything(self, node: fx.Node, base: fx.Node, planned: PlannedWrite) -> _Made:
         """A write of every element is what it writes."""
         if has_shape(node, meta.val(base).shape):
             return _Made(self._own(node, planned), "whole", "what it writes")
@@ -381,22 +265,21 @@ class _Rewriter:
             "what it writes",
         )
 
-    def _own(self, node: fx.Node, planned: _Planned) -> fx.Node:
-        """``node`` as the result of a write: a copy where the caller could see that its memory is something else's too."""
+    def _own(self, node: fx.Node, planned: PlannedWrite) -> fx.Node:
+        """``node`` as the result of a write: a copy where the caller could see that the memory is shared."""
         if not storage.escapes(planned.node):
             return node
-        shares = max((self.required[n] for n in planned.inputs if self._now(n) is node), default=0)
-        seen = storage.may_alias(node) or shares > 1 or any(self._stays(user) for user in node.users)
+        seen = storage.may_alias(node) or any(self.plan.is_shared(n) for n in planned.inputs if self._now(n) is node)
         return self.build.call(aten.clone.default, node) if seen else node
 
     def _erase(self) -> None:
         """Remove the replaced nodes and the inner links that only they needed."""
-        stack, erased = list(self.plans), set()
+        stack, erased = [planned.node for planned in self.plan.writes], set()
         while stack:
             node = stack.pop()
             if node not in erased and not node.users:
                 erased.add(node)
-                stack += [n for n in node.all_input_nodes if n in self.unused]
+                stack += [n for n in node.all_input_nodes if n in self.plan.unused]
                 self.graph.erase_node(node)
 
 
@@ -422,11 +305,6 @@ def _with_trace(node: fx.Node) -> fx.Node:
         if len(near) < 64:
             near += [n for n in (*candidate.all_input_nodes, *candidate.users) if n not in near]
     return node
-
-
-def _bits(number: torch.Tensor) -> torch.Tensor:
-    """The bytes of a 0-d tensor: nan equals itself, 0.0 and -0.0 differ."""
-    return number.reshape(1).view(torch.uint8)
 
 
 def _name(node: fx.Node) -> str:

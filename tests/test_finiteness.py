@@ -119,11 +119,12 @@ def test_lifted_constants_are_uniform_values() -> None:
 
 UNARY = [
     torch.sigmoid, torch.relu, torch.abs, torch.exp, torch.cos, torch.tanh, torch.logical_not, torch.tril,
-    lambda t: t.softmax(-1), lambda t: t.clamp(min=0), lambda t: t.clamp(-1, 2), lambda t: t.clamp(max=-1), lambda t: -1 - t,
-    lambda t: t.to(torch.bfloat16), lambda t: t.to(torch.float16), lambda t: t.to(torch.float32), lambda t: t.to(torch.int32),
-    lambda t: t.to(torch.int8), lambda t: t * 3, lambda t: t * -0.5, lambda t: t + 1, lambda t: 2 - t, lambda t: t / 3, lambda t: t > 0,
-    lambda t: t.flip(0), lambda t: t.amax(-1, keepdim=True), lambda t: t.sort(-1)[0], lambda t: t.max(-1, keepdim=True)[1],
-    lambda t: torch.zeros_like(t), lambda t: torch.full_like(t, 2), lambda t: t.masked_fill(t > 0, 7),
+    torch.zeros_like, lambda t: t.softmax(-1), lambda t: t.clamp(min=0), lambda t: t.clamp(-1, 2), lambda t: t > 0,
+    lambda t: t.clamp(max=-1), lambda t: -1 - t, lambda t: t.to(torch.bfloat16), lambda t: t.to(torch.float16),
+    lambda t: t.to(torch.float32), lambda t: t.to(torch.int32), lambda t: t.to(torch.int8), lambda t: t * 3,
+    lambda t: t * -0.5, lambda t: t + 1, lambda t: 2 - t, lambda t: t / 3, lambda t: t.flip(0),
+    lambda t: t.amax(-1, keepdim=True), lambda t: t.sort(-1)[0], lambda t: t.max(-1, keepdim=True)[1],
+    lambda t: torch.full_like(t, 2), lambda t: t.masked_fill(t > 0, 7),
 ]  # fmt: skip
 BINARY = [torch.add, torch.sub, torch.mul, torch.div, torch.maximum, lambda a, b: torch.where(a > b, a, b),
           lambda a, b: torch.cat([a, b]).narrow(0, 0, 1), lambda a, b: torch.slice_scatter(a, b, 0, 0, 3)]  # fmt: skip

@@ -9,6 +9,7 @@ import operator
 import time
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from torch import fx
 from nxfx.graph import walk
 from nxfx.passes.flag_value_dependence import FlagValueDependence
 from nxfx.pipeline import PassContext, Pipeline
-from nxfx.report.findings import Finding, Severity
+from nxfx.report.findings import CODES, Finding, Severity
 
 NEW = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 X = torch.arange(12.0).reshape(4, 3)
@@ -505,12 +506,30 @@ def test_given_and_result() -> None:
     assert_expected_inline(
         "\n".join(line for line in golden(captured).splitlines() if not any(guard in line for guard in own_guards)),
         """\
-""",
+%args_0 : int64[] = placeholder[args_0]
+%args_1 : float32[4, 3] = placeholder[args_1]
+%clone : int64[] = aten.clone.default(args_0)
+%clone_1 : float32[4, 3] = aten.clone.default(args_1)
+%gt : bool[4, 3] = aten.gt.Scalar(clone_1, 0)
+%index : float32[u0] = aten.index.Tensor(clone_1, [gt])
+%sum_1 : float32[] = aten.sum.default(index)
+%item : SymInt = aten.item.default(clone)
+%mul_1 : float32[4, 3] = aten.mul.Tensor(clone_1, item)
+%rand_like : float32[4, 3] = aten.rand_like.default(clone_1, pin_memory=False)
+return (sum_1, mul_1, rand_like)""",
     )
     assert_expected_inline(
         "\n".join(f"{f.code} {f.severity.value}: {f.message}\n  {f.fix}".replace(". ", ".\n  ") for f in findings),
         """\
-""",
+NX403 error: reading through a boolean mask gives a size that depends on data.
+  A legacy trace freezes the example's size; TorchNeuron (fullgraph=True) refuses it; torch.compile breaks the graph here.
+  keep the full shape: torch.where(mask, x, 0), and divide sums by mask.sum()
+NX402 error: a tensor's value is read into Python and used as an operand.
+  A legacy trace bakes in the example's value; TorchNeuron (fullgraph=True) refuses it; torch.compile breaks the graph here.
+  use the 0-d tensor itself: x * t instead of x * t.item() (t.to(x.dtype) where t would promote x)
+NX405 info: rand_like draws random numbers.
+  The device draws from its own generator: other numbers than a CPU's under the same seed, so compare by statistics.
+  to compare with a CPU, draw the noise outside and pass it in as an input""",
     )
 
 
@@ -553,3 +572,51 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 def test_the_pass_stands_in_the_default_pipeline_and_last_sees_the_graph() -> None:
     assert Pipeline.default().names[-1] == "flag-value-dependence"
+
+
+# --- the pages of the codes ------------------------------------------------------------------------------------------
+
+PAGES = Path(__file__).resolve().parents[1] / "docs" / "codes"
+
+
+def test_every_code_has_its_page_and_every_page_a_code() -> None:
+    assert {page.stem for page in PAGES.glob("*.md")} == set(CODES)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_a_page_says_what_happens_where_and_what_to_write_instead(code: str) -> None:
+    text = (PAGES / f"{code}.md").read_text(encoding="utf-8")
+    assert text.splitlines()[0] == f"# {code}: {CODES[code]}"
+    headings = [line for line in text.splitlines() if line.startswith("## ")]
+    assert headings == ["## Example", "## On Neuron", "## What to write instead"]
+    assert "Severity: **" in text
+    assert "```python" in text
+
+
+# --- the fixes ------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_fixes_say_is_equal_to_what_they_replace() -> None:
+    """Advice that is wrong would be worse than none."""
+    x = torch.tensor([3.0, -1.0, 0.5, 3.0, 2.0])
+    boundaries = torch.tensor([-1.0, 0.5, 2.5])
+    below = (boundaries < x[..., None]).sum(-1)
+    assert torch.equal(below, torch.bucketize(x, boundaries))
+    assert torch.equal((boundaries <= x[..., None]).sum(-1), torch.bucketize(x, boundaries, right=True))
+    assert torch.equal(below, torch.searchsorted(boundaries, x))
+    counted = torch.tensor([3, 0, 1, 3, 2])
+    counts = (counted[:, None] == torch.arange(5)).sum(0)
+    assert torch.equal(counts, torch.bincount(counted, minlength=5))
+    assert torch.equal(counts.float(), torch.histc(counted.float(), 5, 0, 4))
+    repeats = torch.tensor([2, 0, 3, 1, 0])
+    gathered = x[(torch.arange(6)[:, None] >= repeats.cumsum(0)).sum(1)]
+    assert torch.equal(gathered, x.repeat_interleave(repeats))
+    assert torch.equal(torch.where(x > 0, x, 0).sum() / (x > 0).sum(), x[x > 0].mean())
+    for n in (0, 2, 5, 9):
+        written = x.clone()
+        written[:n] = 7
+        assert torch.equal(torch.where(torch.arange(x.shape[-1]) < n, 7, x), written)
+    assert torch.equal(torch.stack([x, x + 1])[torch.tensor(1)], [x, x + 1][1])
+    assert torch.equal((x == 3).any(), torch.tensor(3 in x))
+    start = torch.tensor(1)
+    assert torch.equal(x[start + torch.arange(3)], x.narrow(0, start, 3))

@@ -53,9 +53,7 @@ class Recorder(fx.Interpreter):
         else:
             result = super().run_node(node)
         if self.double:
-            result = pytree.tree_map(
-                lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, result
-            )
+            result = pytree.tree_map(lambda v: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v, result)
         self.values[node.name] = result
         return result
 
@@ -105,9 +103,13 @@ class Lifted:
         """Every node's value: eager, lifted, float64."""
         runs = []
         for captured, double in ((self.before, False), (self.after, False), (self.before, True)):
-            recorder = Recorder(captured.gm, double)
-            with torch.no_grad():
-                recorder.run(*captured.weights, *copy.deepcopy(list(inputs)))
+            recorder, default = Recorder(captured.gm, double), torch.get_default_dtype()
+            try:
+                torch.set_default_dtype(FP64 if double else default)
+                with torch.no_grad():
+                    recorder.run(*captured.weights, *copy.deepcopy(list(inputs)))
+            finally:
+                torch.set_default_dtype(default)
             runs.append(recorder.values)
         return runs[0], runs[1], runs[2]
 
@@ -196,6 +198,10 @@ class Rotary(nn.Module):
 
     def forward(self, position_ids: Tensor, hidden: Tensor) -> Tensor:
         angles = self.angles(position_ids)
+        if self.spelling == "complex":
+            turn = torch.polar(torch.ones_like(angles, dtype=FP32), angles.float())
+            pairs = torch.view_as_complex(hidden.float().unflatten(-1, (-1, 2)))
+            return torch.view_as_real(pairs * turn[:, None]).flatten(-2).to(hidden.dtype)
         if self.spelling == "interleaved":
             cos, sin = angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
             rotated = torch.stack([-hidden[..., 1::2], hidden[..., ::2]], -1).flatten(-2)
@@ -250,7 +256,7 @@ return (mul_1,)""",
     assert rewrite.location.source == "return hidden * (position_ids.to(BF16)[:, :, None] * 0.25).cos()"
 
 
-SPELLINGS = ["half-split", "interleaved", "partial", "matmul", "einsum", "outer", "promoted"]
+SPELLINGS = ["half-split", "interleaved", "partial", "matmul", "einsum", "outer", "promoted", "complex"]
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=["bf16", "fp16"])
@@ -261,7 +267,7 @@ def test_rotary_in_every_spelling(spelling: str, dtype: torch.dtype) -> None:
     found = lifted(Rotary(spelling, dtype), args, (torch.arange(16)[None], HIDDEN.to(dtype)), ranges=FAR)
     eager, after = errors(found, args)
     assert after < eager / 50 and after < 0.01
-    assert found.casts(dtype) == 2, "cos and sin are cast back once each"
+    assert found.casts(dtype) == (1 if spelling == "complex" else 2), "cos and sin are cast back once each"
     product = {"matmul": "lift.outer-product", "einsum": "lift.outer-product"}
     assert ("lift.promotion" if spelling == "promoted" else "lift.cast") in found.rules
     assert spelling not in product or product[spelling] in found.rules
@@ -446,6 +452,16 @@ def test_autocast_rounds_an_outer_product_and_its_cosine() -> None:
     assert after < eager / 50
 
 
+def test_fp8_and_a_low_default_dtype() -> None:
+    lifted(lambda p: p.to(torch.float8_e4m3fn).to(BF16) * 0.5, (torch.arange(16, 40),))
+    torch.set_default_dtype(BF16)
+    try:
+        found = lifted(lambda p: (p * 0.3).cos(), (POSITIONS[0],))
+    finally:
+        torch.set_default_dtype(FP32)
+    assert found.rules == ["lift.promotion"]
+
+
 def test_fp16_overflow_is_no_longer_an_infinity() -> None:
     found = lifted(lambda position_ids: position_ids.to(FP16) / 1000, (torch.tensor([70000, 5]),))
     assert found.after(torch.tensor([70000, 5]))[0].tolist() == [70.0, torch.tensor(0.005).half().item()]
@@ -465,6 +481,7 @@ def test_a_round_trip_through_low_precision_keeps_integers() -> None:
 def test_rotary_that_rounds_after_the_cosine_costs_nothing(name: str) -> None:
     """int → fp32 → cos → bf16, as transformers writes it."""
     model, kwargs = corpus.BY_NAME[name].build(BF16)
+    kwargs["position_ids"] = (30000 + torch.arange(corpus.LENGTH)).expand(corpus.BATCH, -1)
     program = torch.export.export(model, (), kwargs, strict=False).run_decompositions({})
     before = program.graph_module.code
     result = Pipeline(["lift-int-casts"]).run(program.graph_module, PassContext(sources=sources_of(program)))
@@ -614,6 +631,20 @@ def test_like_factories_keep_their_dtype() -> None:
     lifted(model, (POSITIONS[0], HIDDEN[0, 0, :, 0]))
 
 
+def test_outputs_of_several_dtypes_are_activations() -> None:
+    """The first output is a bool, the second is not one for all that."""
+
+    def model(flag: Tensor, hidden: Tensor) -> Tensor:
+        def body(h: Tensor) -> tuple[Tensor, Tensor]:
+            return h > 0, h * 3
+
+        positive, scaled = torch.cond(flag, body, body, (hidden,))
+        return (scaled * 0.1).cos() * (POSITIONS[0].to(BF16) * 0.3).cos() * positive
+
+    found = lifted(model, (torch.tensor(True), HIDDEN[0, 0, :, 0]))
+    assert set(found.float32()) <= {"_to_copy", "mul_1", "cos_1"}
+
+
 def test_scalars_empty_tensors_and_negative_dims() -> None:
     lifted(lambda p: (p.to(BF16) * 0.3).cos(), (torch.tensor(30001),))
     lifted(
@@ -639,9 +670,7 @@ def test_dynamic_shapes() -> None:
             positions = torch.arange(hidden.shape[0]).to(BF16) * 0.3
             return hidden * positions.cos() + hidden.shape[0] * positions.sin()
 
-    found = lifted(
-        Model(), (torch.ones(600, dtype=BF16),), (torch.ones(7, dtype=BF16),), dynamic_shapes={"hidden": {0: length}}
-    )
+    found = lifted(Model(), (torch.ones(600, dtype=BF16),), (torch.ones(7, dtype=BF16),), dynamic_shapes={"hidden": {0: length}})
     assert found.result.changed
 
 
@@ -787,6 +816,20 @@ def test_a_rounded_table_is_reported_with_its_error(how: str) -> None:
     assert finding.severity is Severity.WARNING
 
 
+def test_a_table_of_rounded_positions_is_reported() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("positions", torch.arange(600).to(BF16))
+            self.register_buffer("inv_freq", inv_freq())
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden * (self.positions[:, None].float() * self.inv_freq).cos()
+
+    (finding,) = untouched(Model(), (torch.ones(600, 32),)).result.findings
+    assert "'positions' was rounded to bfloat16" in finding.message
+
+
 def test_the_error_of_a_table_shrinks_with_the_range() -> None:
     model = Rotary("half-split", table=BF16)
     near = lifted(model, (POSITIONS, HIDDEN), ranges={"position_ids": (0, 3)})
@@ -795,17 +838,24 @@ def test_the_error_of_a_table_shrinks_with_the_range() -> None:
     assert told[0] < 0.02 and told[1] == 2
 
 
-@pytest.mark.parametrize(
-    "table", [2.0 ** -torch.arange(8), torch.arange(8.0), inv_freq()], ids=["powers", "integers", "fp32"]
-)
-def test_tables_that_were_not_rounded_are_not_reported(table: Tensor) -> None:
+EXACT_TABLES = {
+    "powers": 2.0 ** -torch.arange(8),
+    "integers": torch.arange(256.0),
+    "bf16-integers": torch.arange(256).to(BF16),
+    "even-steps": torch.arange(128) / 128,
+    "fp32": inv_freq(),
+}
+
+
+@pytest.mark.parametrize("name", EXACT_TABLES)
+def test_tables_that_were_not_rounded_are_not_reported(name: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.register_buffer("table", table)
+            self.register_buffer("table", EXACT_TABLES[name])
 
         def forward(self, position_ids: Tensor) -> Tensor:
-            return (self.table * position_ids[:, None].float()).sin()
+            return (self.table.float() * position_ids[:, None].float()).sin()
 
     assert not untouched(Model(), (torch.arange(16),)).codes
 

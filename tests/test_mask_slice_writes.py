@@ -1,4 +1,4 @@
-"""mask-slice-writes: every write equals eager under the strict comparison, and no scatter is left that a finding does not name."""
+"""mask-slice-writes: every write equals eager, strictly, and no scatter is left that a finding does not name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def nasty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def left(gm: fx.GraphModule) -> list[str]:
     """The writers that still stand in the graph."""
-    return [str(n.target) for n in gm.graph.nodes if n.op == "call_function" and any(w in str(n.target) for w in WRITERS)]
+    return [
+        str(n.target) for n in gm.graph.nodes if n.op == "call_function" and any(w in str(n.target) for w in WRITERS)
+    ]
 
 
 def rules(result: PipelineResult) -> list[str]:
@@ -143,7 +145,10 @@ def test_a_cache_update_is_a_comparison_with_the_position() -> None:
 
     cache, key = nasty(1, 2, 8, 4), nasty(1, 2, 2, 4)
     captured, result = apply_pass(
-        MaskSliceWrites(), update, [cache, key, torch.tensor(3)], more_inputs=[[cache, -key, torch.tensor(p)] for p in (0, 6)]
+        MaskSliceWrites(),
+        update,
+        [cache, key, torch.tensor(3)],
+        more_inputs=[[cache, -key, torch.tensor(p)] for p in (0, 6)],
     )
     assert rules(result) == ["index-window"]
     assert_expected_inline(
@@ -209,7 +214,11 @@ def test_grid(dtype: torch.dtype) -> None:
     """The 576 cases of FX.md and INT64_MAX bounds, finite and not: traps 11, 12, 13, 16."""
     bounds, values = GRID[dtype]
     gm = _grid_graph(dtype, bounds, values)
-    finite = [torch.arange(20).reshape(4, 5).to(dtype), (10 - torch.arange(20)).reshape(4, 5).to(dtype), torch.tensor(7).to(dtype)]
+    finite = [
+        torch.arange(20).reshape(4, 5).to(dtype),
+        (10 - torch.arange(20)).reshape(4, 5).to(dtype),
+        torch.tensor(7).to(dtype),
+    ]
     corners = [nasty(4, 5, dtype=dtype), nasty(5, 4, dtype=dtype).t().contiguous(), nasty(2, dtype=dtype)[1]]
     expected = [gm(*inputs) for inputs in (finite, corners)]
     result = MaskSliceWrites().run(gm, PassContext())
@@ -235,28 +244,41 @@ WRITES = {
     "views in between": "x[1:3].unsqueeze(1)[:, 0, 2:].copy_(v[:2, 2:])\nx.view(2, 2, 6)[:, 1, ::3] = v[:2, :2]",
     "a write of everything": "x[:] = v.t().reshape(4, 6)\nx[...] += 1",
     "a write of itself": "x[1:3] = x[1:3]\nx[:, 0] = x[:, 0].clone()",
-    "chunks, splits and unbinding": "a, b = x.chunk(2, 1)\nb.zero_()\nx.split([1, 2, 1])[1].fill_(2)\nx.unbind(1)[3].copy_(v[:, 0])",
+    "chunks, splits and unbinding": "a, b = x.chunk(2, 1)\nb.zero_()\nx.split([1, 2, 1])[1].fill_(2)\n"
+    "x.unbind(1)[3].copy_(v[:, 0])",
     "a value that is a view of another tensor": "x[:2] = v[2:]\nx[2:, 1:3] = v[2:, 1:3]",
     "a step that reaches beyond the end": "x[1::3, ::4] = v[:1, :2]\nx[:, 5::7] = v[:, :1]",
-    "diagonals": "x.diagonal().fill_(3)\nx.diagonal(1).copy_(v[0, :4])\nx.diagonal(-2, 1, 0).zero_()\nx.diagonal(9).fill_(1)",
+    "diagonals": "x.diagonal().fill_(3)\nx.diagonal(1).copy_(v[0, :4])\nx.diagonal(-2, 1, 0).zero_()\n"
+    "x.diagonal(9).fill_(1)",
     "strided views": "x.as_strided((2, 3), (6, 2), 1).copy_(v[:2, :3])\nx.as_strided((4,), (6,), 5).fill_(2)",
-    "masks": "x[v > 0] = 0\nx[v[:, 0] > 0] = v[0]\nx[:, v[0] > 0] = 7\nx.masked_fill_(v > 1, 2.5)\nm = x.isnan()\nx[m] = v[m]",
-    "constant indices": "x[[2, 0]] = v[:2]\nx[:, [0, 2, 4]] = v[:, 1:4]\nx[[-1, 1]] = 4\nx[[1, 1, 3]] = 2\nx[[0], [1]] = 9",
-    "index_fill and index_copy": "x.index_fill_(1, torch.tensor([-1, 2, 2]), 3)\nx.index_copy_(0, torch.tensor([3, 0]), v[:2])",
+    "masks": "x[v > 0] = 0\nx[v[:, 0] > 0] = v[0]\nx[:, v[0] > 0] = 7\nx.masked_fill_(v > 1, 2.5)\n"
+    "m = x.isnan()\nx[m] = v[m]",
+    "constant indices": "x[[2, 0]] = v[:2]\nx[:, [0, 2, 4]] = v[:, 1:4]\nx[[-1, 1]] = 4\nx[[1, 1, 3]] = 2\n"
+    "x[[0], [1]] = 9",
+    "index_fill and index_copy": "x.index_fill_(1, torch.tensor([-1, 2, 2]), 3)\n"
+    "x.index_copy_(0, torch.tensor([3, 0]), v[:2])",
     "aligned index tensors": "i = torch.arange(4)\nx[i, i] = v[:, 0]\nx[i, 5 - i] = 1\nx[i[:2], i[:2] + 1] = v[0, :2]",
-    "scatters": "i = (v > 0).long()\nx.scatter_(1, i[:, :1] + 1, 5)\nx.scatter_(0, i[:1] * 2, v[:1])\nx.scatter_(1, i * 3, 0)",
-    "sums at one position": "x.index_add_(0, torch.tensor([2]), v[:1])\nx.index_put_((torch.tensor(1),), v[0], accumulate=True)\n"
+    "scatters": "i = (v > 0).long()\nx.scatter_(1, i[:, :1] + 1, 5)\nx.scatter_(0, i[:1] * 2, v[:1])\n"
+    "x.scatter_(1, i * 3, 0)",
+    "sums at one position": "x.index_add_(0, torch.tensor([2]), v[:1])\n"
+    "x.index_put_((torch.tensor(1),), v[0], accumulate=True)\n"
     "x.scatter_add_(1, (v[:, :1] > 0).long(), v[:, :1])",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WRITES)
 def test_writes(name: str) -> None:
-    more = [(nasty(4, 6), torch.randn(4, 6)), (torch.randn(4, 6), nasty(6, 4).t().contiguous()), (nasty(4, 6), -nasty(4, 6))]
+    more = [
+        (nasty(4, 6), torch.randn(4, 6)),
+        (torch.randn(4, 6), nasty(6, 4).t().contiguous()),
+        (nasty(4, 6), -nasty(4, 6)),
+    ]
     masked(eager_writes(WRITES[name]), torch.randn(4, 6), torch.randn(4, 6), more=more)
 
 
-@pytest.mark.parametrize("name", ["trap 17: a smaller source broadcasts", "trap 19: views of views", "constant indices"])
+@pytest.mark.parametrize(
+    "name", ["trap 17: a smaller source broadcasts", "trap 19: views of views", "constant indices"]
+)
 def test_writes_in_core_aten(name: str) -> None:
     """FX.md: the same program arrives in other ops."""
     apply_pass(MaskSliceWrites(), eager_writes(WRITES[name]), [nasty(4, 6), torch.randn(4, 6)], core_aten=True)
@@ -270,7 +292,11 @@ def test_trap_17_a_source_of_another_size_raises_as_in_eager() -> None:
 
 def test_trap_20_a_zero_fill_multiplies_only_a_proved_base() -> None:
     def program(x: Tensor, ones: Tensor, minus: Tensor) -> tuple[Tensor, ...]:
-        made, counted, truth = torch.ones(4, 6), torch.arange(24).reshape(4, 6).clone(), torch.ones(4, 6, dtype=torch.bool)
+        made, counted, truth = (
+            torch.ones(4, 6),
+            torch.arange(24).reshape(4, 6).clone(),
+            torch.ones(4, 6, dtype=torch.bool),
+        )
         results = [x.clone(), ones.clone(), minus.clone(), made, counted, truth, (x > 0).to(torch.bfloat16)]
         for tensor in results:
             tensor[1:3] = 0
@@ -321,7 +347,9 @@ def test_the_value_is_cast_before_the_select() -> None:
     masked(program, x, v, torch.zeros(6, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.uint8, torch.int16, torch.complex64, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.float64, torch.uint8, torch.int16, torch.complex64, torch.float8_e4m3fn], ids=str
+)
 def test_dtypes(dtype: torch.dtype) -> None:
     def program(x: Tensor, v: Tensor) -> Tensor:
         x = x.to(dtype, copy=True)
@@ -382,7 +410,10 @@ def test_results_share_no_memory_with_inputs() -> None:
     x, v = torch.randn(4, 6), torch.randn(4, 6)
     gm, _, _ = masked(program, x, v)
     for result in gm(x, v):
-        assert result.untyped_storage().data_ptr() not in (x.untyped_storage().data_ptr(), v.untyped_storage().data_ptr())
+        assert result.untyped_storage().data_ptr() not in (
+            x.untyped_storage().data_ptr(),
+            v.untyped_storage().data_ptr(),
+        )
 
 
 # --- chains -----------------------------------------------------------------------------------------------------------
@@ -461,7 +492,14 @@ def test_one_position() -> None:
         return keys, values
 
     cache, new = nasty(2, 3, 8, 4), nasty(2, 3, 1, 4)
-    gm, result, _ = masked(program, cache, -cache, new, torch.tensor([3]), more=[(cache, cache, new, torch.tensor([p])) for p in (0, -1, -8, 7)])
+    gm, result, _ = masked(
+        program,
+        cache,
+        -cache,
+        new,
+        torch.tensor([3]),
+        more=[(cache, cache, new, torch.tensor([p])) for p in (0, -1, -8, 7)],
+    )
     assert rules(result) == ["index-position"] * 2
     assert Counter(n.target for n in gm.graph.nodes)[aten.eq.Tensor] == 1
 
@@ -571,7 +609,9 @@ def _copy_prefix(x: Tensor, n: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="Dynamo gives no graph for tensor-valued bounds before torch 2.13")
+@pytest.mark.skipif(
+    torch.__version__ < "2.13", reason="Dynamo gives no graph for tensor-valued bounds before torch 2.13"
+)
 @pytest.mark.parametrize("program", [_fill_between, _copy_prefix])
 def test_bounds_taken_from_tensors_become_comparisons_with_the_tensors(program: Callable[..., Tensor]) -> None:
     """What Dynamo captures with capture_scalar_outputs: one graph for every run-time value, nothing of a size known then only."""
@@ -624,9 +664,12 @@ def test_joint_training_graphs() -> None:
     def partition(joint: fx.GraphModule, inputs: Any, **options: Any) -> Any:
         with _disable_current_modes():
             sources = {
-                n.name: Source(str(n.target), Role.CONSTANT, getattr(joint, str(n.target))) for n in joint.graph.find_nodes(op="get_attr")
+                n.name: Source(str(n.target), Role.CONSTANT, getattr(joint, str(n.target)))
+                for n in joint.graph.find_nodes(op="get_attr")
             }
-            results.append(Pipeline([MaskSliceWrites()]).run(joint, PassContext(sources=sources, training=True), verify_each=True))
+            results.append(
+                Pipeline([MaskSliceWrites()]).run(joint, PassContext(sources=sources, training=True), verify_each=True)
+            )
         assert not left(joint)
         for node in joint.graph.nodes:  # torch 2.9's partitioner wants it
             if isinstance(meta.val(node), Tensor):

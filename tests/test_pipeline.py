@@ -93,7 +93,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-# -- a pipeline is data -------------------------------------------------------------------------------------------------------
+# -- a pipeline is data -----------------------------------------------------------------------------------------------
 
 
 def test_default_holds_our_passes_in_order() -> None:
@@ -248,7 +248,7 @@ def test_trap_32_options_are_in_the_key() -> None:
     assert plain != "idle"
 
 
-# -- what runs ----------------------------------------------------------------------------------------------------------------
+# -- what runs --------------------------------------------------------------------------------------------------------
 
 
 def test_a_pass_without_targets_in_the_graph_does_not_run() -> None:
@@ -296,7 +296,7 @@ def test_dead_code_goes_and_the_module_is_recompiled() -> None:
     assert torch.equal(output, torch.zeros(3))
 
 
-# -- verify_each --------------------------------------------------------------------------------------------------------------
+# -- verify_each ------------------------------------------------------------------------------------------------------
 
 
 def add_of(gm: fx.GraphModule) -> fx.Node:
@@ -400,9 +400,7 @@ def test_trap_25_verify_each_catches(edit: Callable[[fx.GraphModule], None], mes
         Pipeline([Acts(edit)]).run(captured.gm, captured.context, verify_each=True)
     assert caught.value.pass_name == "acts"
     if edit in (false_dtype, false_input):
-        assert (
-            caught.value.node == "add" and "test_pipeline.py:" in str(caught.value) and "y = x + 1" in str(caught.value)
-        )
+        assert caught.value.node == "add" and "test_pipeline.py:" in str(caught.value) and "y = x + 1" in str(caught.value)
 
 
 def test_verify_each_catches_a_pass_that_hides_its_change() -> None:
@@ -411,7 +409,7 @@ def test_verify_each_catches_a_pass_that_hides_its_change() -> None:
         Pipeline([Acts(bare_node, changed=False)]).run(captured.gm, captured.context, verify_each=True)
 
 
-# -- a pass that fails --------------------------------------------------------------------------------------------------------
+# -- a pass that fails ------------------------------------------------------------------------------------------------
 
 
 class Fails(Pass):
@@ -437,9 +435,7 @@ class Linear(nn.Module):
         return self.inner(x * 2)  # the failing line
 
 
-def test_trap_30_a_failing_pass_is_named_with_the_users_line_and_a_reproducer(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trap_30_a_failing_pass_is_named_with_the_users_line_and_a_reproducer(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PassError) as caught:
         nxfx.prepare(Linear(), (torch.ones(3, 4),), pipeline=Pipeline.default().with_pass(Fails))
@@ -472,7 +468,7 @@ def test_errors_raised_on_purpose_pass_through() -> None:
         Pipeline([Acts(fail)]).run(captured.gm, captured.context)
 
 
-# -- passes of other packages -------------------------------------------------------------------------------------------------
+# -- passes of other packages -----------------------------------------------------------------------------------------
 
 
 class Foreign(Idle):
@@ -536,7 +532,7 @@ def test_entry_points_that_cannot_serve_are_named(entry: Callable[[str], list[st
         Pipeline.default()
 
 
-# -- higher-order ops ---------------------------------------------------------------------------------------------------------
+# -- higher-order ops -------------------------------------------------------------------------------------------------
 
 
 class Branches(nn.Module):
@@ -598,6 +594,9 @@ def test_a_body_that_changes_its_boundary_is_caught() -> None:
 class Unheard(torch._ops.HigherOrderOperator):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__("unheard_of")
+
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args)
 
 
 def test_trap_29_unknown_bodies_are_reported_not_skipped_silently() -> None:

@@ -1,4 +1,4 @@
-"""Random programs of views and writes, run as they are written: the generator behind the fuzz tests of mask-slice-writes."""
+"""Random programs of views and writes: the generator behind the fuzz test of mask-slice-writes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from nxfx.pipeline import PassContext
 INF, NAN = float("inf"), float("nan")
 NASTY = [0.0, -0.0, 1.0, INF, -INF, NAN, -1.0, 2.5, 300.7, 1e-3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool]
-VIEWS = ["slice", "slice", "slice", "narrow", "select", "transpose", "permute", "unsqueeze", "squeeze", "view", "diagonal", "split",
-         "unbind"]  # fmt: skip
-WRITES = ["fill_", "zero_", "item", "copy_", "copy_broadcast", "copy_cast", "mul_", "add_", "masked_fill_", "mask", "mask_rows",
-          "index_fill_", "index_copy_", "index_add_", "index_put", "position", "scatter", "scatter_value"]  # fmt: skip
+VIEWS = ["slice", "slice", "slice", "narrow", "select", "transpose", "permute", "unsqueeze", "squeeze", "view",
+         "diagonal", "split", "unbind"]  # fmt: skip
+WRITES = ["fill_", "zero_", "item", "copy_", "copy_broadcast", "copy_cast", "mul_", "add_", "masked_fill_", "mask",
+          "mask_rows", "index_fill_", "index_copy_", "index_add_", "index_put", "position", "scatter", "scatter_value"]  # fmt: skip
 
 
 @dataclass
 class Program:
-    """Steps on a list of tensors, the first of which is the base: ``("view" | "write" | "read", position, operation)``."""
+    """Steps on a list of tensors, the base first: ``("view" | "write" | "read", position, operation)``."""
 
     shape: list[int]
     dtype: torch.dtype

@@ -175,9 +175,9 @@ class Finiteness:
         if dtype is None:
             return facts if isinstance(meta.val(node), (list, tuple)) else UNKNOWN
         if dtype_rules.is_integral(dtype):
-            low, high = dtype_rules.integer_bounds(dtype)
-            inside = not facts.nan and low <= facts.low and facts.high <= high
-            return replace(facts, negative_zero=False) if inside else Facts(low, high, False, False)
+            least, most = dtype_rules.integer_bounds(dtype)
+            inside = not facts.nan and least <= facts.low and facts.high <= most
+            return replace(facts, negative_zero=False) if inside else Facts(least, most, False, False)
         if not dtype.is_floating_point:
             return UNKNOWN
         low, high = _rounded(facts.low, -_INF, dtype), _rounded(facts.high, _INF, dtype)
@@ -195,9 +195,12 @@ def _rounded(bound: float, outwards: float, dtype: torch.dtype) -> float:
     return outwards if math.isnan(rounded) else rounded
 
 
-@_rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "clone", "alias", "detach", "expand",
-       "slice", "select", "index_select", "gather", "index", "repeat", "flip", "roll", "lift_fresh_copy", "contiguous", "diagonal",
-       "unfold", "amax", "amin", "split", "split_with_sizes", "unbind", "topk", "sort", "max", "min", "embedding")  # fmt: skip
+@_rule(
+    "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "clone", "alias", "detach",
+    "expand", "slice", "select", "index_select", "gather", "index", "repeat", "flip", "roll", "lift_fresh_copy",
+    "contiguous", "diagonal", "unfold", "amax", "amin", "split", "split_with_sizes", "unbind", "topk", "sort", "max",
+    "min", "embedding",
+)  # fmt: skip
 def _kept(node: fx.Node, of: Of) -> Facts:
     if node.target is aten.view.dtype:
         return UNKNOWN

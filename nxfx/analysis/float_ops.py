@@ -28,6 +28,7 @@ class Family(Enum):
     OUTER = "a matrix product that sums over one element"
     FACTORY = "makes a constant"
     COMPARE = "a truth value"
+    COMPLEX = "a complex number made of float32 parts"
 
 
 # Sequences of numbers, sums, and constants filled with one number (and where that number stands).
@@ -36,13 +37,11 @@ SUMS = frozenset(overloads("sum", "cumsum"))
 FILLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
 
 # Ops that look values up: of a parameter (an embedding table) they make an activation.
-LOOKUPS = frozenset(
-    overloads("embedding", "index", "_unsafe_index", "index_select", "gather", "take", "take_along_dim")
-)
+LOOKUPS = frozenset(overloads("embedding", "index", "_unsafe_index", "index_select", "gather", "take", "take_along_dim"))
 
 # Ops that turn a small error of their operand into a large one: angles (rotary and sinusoidal embeddings), exponents
 # (frequencies, decays), prefix sums (positions), and steps (buckets, indices).
-PERIODIC = frozenset(overloads("sin", "cos", "tan", "sinc"))
+PERIODIC = frozenset(overloads("sin", "cos", "tan", "sinc", "polar"))
 SENSITIVE = (
     PERIODIC
     | frozenset(overloads("exp", "exp2", "expm1", "cumsum", "cumprod", "remainder", "fmod", "frac"))
@@ -51,9 +50,7 @@ SENSITIVE = (
 )
 
 # Nodes that ask for a value's metadata only.
-METADATA = frozenset(
-    [aten._assert_tensor_metadata.default, *overloads("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")]
-)
+METADATA = frozenset([aten._assert_tensor_metadata.default, *overloads("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")])
 
 _CASTS = [aten._to_copy.default, aten.copy.default, aten.type_as.default, torch.ops.prims.convert_element_type.default]
 _SEVERAL_RESULTS = frozenset(overloads("sort", "cummax", "cummin"))
@@ -84,6 +81,7 @@ FAMILIES: dict[Any, Family] = {
     **dict.fromkeys(outer_products.PRODUCTS, Family.OUTER),
     **dict.fromkeys([*SEQUENCES, *FILLS, *_CONSTANTS], Family.FACTORY),
     **dict.fromkeys(overloads("eq", "ne", "lt", "le", "gt", "ge"), Family.COMPARE),
+    **dict.fromkeys(overloads("polar", "complex", "view_as_complex"), Family.COMPLEX),
 }
 for _target in _SEVERAL_RESULTS:
     FAMILIES.pop(_target, None)

@@ -49,7 +49,7 @@ class Indices:
         return facts.low >= 0 and not facts.premises
 
     def distinct(self, node: fx.Node, dim: int, size: Any = None) -> bool:
-        """Whether no two elements along ``dim`` are one position; ``size`` is given when negative ones count from the end of it."""
+        """Whether no two elements along ``dim`` are one position (of ``size``, when negative ones count from its end)."""
         if size is not None and not is_static(size):
             return False
         ramp = self.ramp(node)
@@ -195,7 +195,7 @@ def _scaled(indices: Indices, node: fx.Node) -> Ramp | None:
 def _sliced(indices: Indices, node: fx.Node) -> Ramp | None:
     args: Any = node.args
     ramp = _kept(indices, node)
-    region = ramp and slice_step(node, Region.whole(meta.val(args[0]).shape))
+    region = slice_step(node, Region.whole(meta.val(args[0]).shape))
     if ramp is None or region is None or ramp.offset is not None:
         return None
     extent = region.axes[ramp.dim]
@@ -213,8 +213,7 @@ _RAMP_RULES: dict[Any, Any] = {
     aten.mul.Tensor: _scaled,
 }
 
-# --- the normal form
-# ---------------------------------------------------------------------------------------------------
+# --- the normal form --------------------------------------------------------------------------------------------------
 
 
 def read_index_write(node: fx.Node, indices: Indices, uniform: UniformValues) -> IndexWrite | str:
@@ -325,16 +324,16 @@ def _free_labels(shapes: list[Any]) -> list[Label]:
 
 
 def _bool_mask(node: fx.Node, write: IndexWrite, position: int, mask: fx.Node) -> str | None:
-    """A mask of some adjacent axes: what is written must not differ between the masked elements, or come from their own places."""
+    """A mask of adjacent axes: what is written must be one value, or come from the very places it goes to."""
     shape, masked = meta.val(write.base).shape, meta.val(mask).shape
     write.mask, write.mask_axes = mask, list(range(position, position + len(masked)))
     if not has_shape(mask, shape[position : position + len(masked)]):
         return "its mask has another shape than what it masks"
     value: Any = write.value
-    if value is not None and value.target is aten.index.Tensor and value.args[1] == node.args[1]:
-        if has_shape(value.args[0], shape):  # x[mask] = y[mask]
-            write.value = value.args[0]
-            return _label_value(write, list(range(len(shape))))
+    own = value is not None and value.target is aten.index.Tensor and value.args[1] == node.args[1]
+    if own and has_shape(value.args[0], shape):  # x[mask] = y[mask]
+        write.value = value.args[0]
+        return _label_value(write, list(range(len(shape))))
     chosen = -1
     reason = _label_value(write, [*range(position), chosen, *range(position + len(masked), len(shape))])
     if reason is None and chosen in write.labels and write.number is None:

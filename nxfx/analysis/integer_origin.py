@@ -8,6 +8,7 @@ are two sweeps: membership over the graph, rounding over the members only, which
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,7 @@ class IntegerOrigins:
     Attributes:
         members: node → :class:`Member`, in topological order.
         entries: node → :class:`Entry`: the casts, promotions and factories that round integers.
-        sinks: comparisons and integer casts of members, which read float32 as well as low precision.
+        sinks: comparisons, integer casts and complex numbers made of members: they read float32 as it is.
         sensitive: members and sinks that magnify the rounding of an integer-derived operand.
         met: ``(node, integer operand)`` where integers are combined with an activation.
         exact: the members that are exact integers.
@@ -132,8 +133,10 @@ class IntegerOrigins:
 
     def _admit(self, node: fx.Node, family: Family) -> None:
         dtype = dtype_of(node)
-        if dtype is None or dtype.is_complex or (family is Family.OUTER and outer_products.operands(node) is None):
+        if dtype is None or (family is Family.OUTER and outer_products.operands(node) is None):
             return
+        if node.target is operator.getitem and node.args[0] not in self.members:
+            return  # one output of an op that is not listed; another may well be an integer
         values = values_of(node, family)
         made_of: list[Member] = []
         integer = node.target in SEQUENCES or _is_rounded_integer(fill_of(node), dtype)
@@ -154,7 +157,12 @@ class IntegerOrigins:
             learned = any(m.learned for m in made_of)
             integer = integer or any(m.integer for m in made_of)
             self.members[node] = Member(family, values, integer, learned, tuple(tables)[:4])
-        elif made_of and family in (Family.COMPARE, Family.CAST):
+        elif not made_of:
+            return
+        elif dtype.is_complex:  # half-precision parts would make another complex dtype
+            if family is Family.COMPLEX and not any(map(dtype_rules.is_low_precision, map(dtype_of, node.all_input_nodes))):
+                self.sinks[node] = None
+        elif family in (Family.COMPARE, Family.CAST):
             self.sinks[node] = None
 
     def _meet(self, node: fx.Node, family: Family, values: tuple[Any, ...]) -> None:

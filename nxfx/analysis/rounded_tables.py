@@ -26,23 +26,23 @@ _SCAN_LIMIT = 1 << 22
 _UNKNOWN = (math.inf, math.inf)
 
 
-def rounded_table_errors(
-    origins: IntegerOrigins, sources: Mapping[str, Source]
-) -> Iterator[tuple[fx.Node, Source, torch.dtype, float]]:
+def rounded_table_errors(origins: IntegerOrigins, sources: Mapping[str, Source]) -> Iterator[tuple[fx.Node, Source, torch.dtype, float]]:
     """``(node, table, its low precision, error)`` for each rounded table, at the worst sin, cos or tan it reaches.
 
     The error is that of the function's value over the known range of the integers, at most 2.
     """
     worst: dict[fx.Node, tuple[fx.Node, torch.dtype, float]] = {}
     rounded_to = functools.cache(lambda table: _rounded_to(sources[table.name].value, dtype_of(table)))
-    for node, member in origins.members.items():
+    for node in (*origins.members, *origins.sinks):
         if node.target not in PERIODIC:
             continue
-        for table in member.tables:
+        angle = node.args[-1]  # of polar the second argument, of the others the only one
+        member = origins.of(angle)
+        for table in member.tables if member is not None else ():
             low = rounded_to(table)
             if low is None:
                 continue
-            error = _Error(origins, table, low).of(member.values[0])[1]
+            error = _Error(origins, table, low).of(angle)[1]
             error = 2.0 if not math.isfinite(error) else min(error, 2.0)
             if error > 0 and (table not in worst or error > worst[table][2]):
                 worst[table] = node, low, error
@@ -53,20 +53,28 @@ def rounded_table_errors(
 def _rounded_to(value: torch.Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
     """The low-precision dtype that ``value`` was rounded to, None when it seems to be exact.
 
-    Entries that would do with two bits less (powers of two, small integers) tell nothing; a float32 table counts as
-    rounded when several entries use all the bits of bf16 or fp16 and none uses more.
+    Entries that would do with two bits less (powers of two) tell nothing, and neither do multiples of one step that the
+    dtype holds. A float32 table counts as rounded when several entries use all the bits of bf16 or fp16 and none more.
     """
     if value is None or isinstance(value, meta.FakeTensor) or value.is_meta or not 0 < value.numel() <= _SCAN_LIMIT:
         return dtype if dtype in _BITS else None
     wide = value.detach().double()
     for low in _BITS if dtype == torch.float32 else [d for d in (dtype,) if d in _BITS]:
-        if not bool((wide.to(low).double() == wide).all()):
+        busy = _busy(wide, low)
+        if not bool((wide.to(low).double() == wide).all()) or int(busy.sum()) < (4 if dtype == torch.float32 else 1):
             continue
-        mantissa = torch.frexp(wide)[0] * 2 ** (_BITS[low] - 1)  # an integer when two bits are unused
-        busy = int((mantissa != mantissa.floor()).sum())
-        if busy >= (4 if dtype == torch.float32 else 1):
+        steps = wide[wide != 0].abs() / wide[wide != 0].abs().min()
+        is_even = bool((steps == steps.round()).all())
+        if not is_even or (dtype == low and float(steps.max()) > dtype_rules.exact_integer(low)):
             return low
     return None
+
+
+def _busy(wide: torch.Tensor, low: torch.dtype) -> torch.Tensor:
+    """Where an entry uses the last two bits of ``low``'s mantissa: those that do not were hardly rounded."""
+    mantissa = torch.frexp(wide)[0] * 2 ** (_BITS[low] - 1)
+    busy: torch.Tensor = mantissa != mantissa.floor()
+    return busy
 
 
 class _Error:
@@ -121,7 +129,7 @@ class _Error:
         if node is not self.table:
             return float(magnitudes.max()), 0.0
         half_ulp = torch.exp2((torch.frexp(magnitudes)[1] - _BITS[self.low] - 2).double())
-        return float(magnitudes.max()), float(torch.where(magnitudes > 0, half_ulp, 0.0).max())
+        return float(magnitudes.max()), float(torch.where(_busy(magnitudes, self.low), half_ulp, 0.0).max())
 
 
 def _times(a: float, b: float) -> float:

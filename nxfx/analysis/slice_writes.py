@@ -30,6 +30,7 @@ from nxfx.analysis.views import (
 from nxfx.graph import meta
 from nxfx.graph.masks import has_shape
 from nxfx.graph.regions import Region
+from nxfx.graph.slices import is_static
 
 aten = torch.ops.aten
 
@@ -77,7 +78,9 @@ class SliceWrite:
             for b in (getattr(axis, "start", None), getattr(axis, "end", None))
             if isinstance(b, fx.Node)
         }
-        return bounds | {self.base} | ({self.value.node} if self.value.node is not None else set())
+        whole = any(region.is_whole for region in self.regions) and is_static(*meta.val(self.base).shape)
+        parts = (None if whole else self.base, self.value.node)
+        return bounds | {part for part in parts if part is not None}
 
 
 def read_slice_write(
@@ -177,7 +180,7 @@ def _is_plain_copy(node: fx.Node) -> bool:
 
 
 def written_value(node: fx.Node, dtype: torch.dtype, uniform: UniformValues) -> Value:
-    """What ``node``, broadcast and cast to ``dtype`` as ``copy_`` does, writes: without the copies, fills and expands around it."""
+    """What ``node``, broadcast and cast to ``dtype``, writes: without the copies, fills and expands around it."""
     number = as_dtype(uniform.value(node), dtype)
     if number is not None:
         return Value(number=number)

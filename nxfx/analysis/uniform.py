@@ -26,9 +26,10 @@ _FILLS: dict[Any, int] = {
 _CONSISTS_OF: dict[Any, int] = dict.fromkeys(
     (
         aten._to_copy.default, aten.expand.default, aten.clone.default, aten.alias.default, aten.detach.default,
-        aten.lift_fresh_copy.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
-        aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.permute.default, aten.transpose.int, aten.t.default,
-        aten.slice.Tensor, aten.select.int, aten.repeat.default, aten.contiguous.default,
+        aten.lift_fresh_copy.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default,
+        aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.permute.default,
+        aten.transpose.int, aten.t.default, aten.slice.Tensor, aten.select.int, aten.repeat.default,
+        aten.contiguous.default,
     ),
     0,
 )  # fmt: skip

@@ -147,11 +147,12 @@ def _unknown(error: BaseException) -> Diagnosis:
 # --- data dependence -------------------------------------------------------------------------------------------------
 
 _DATA = re.compile(
-    r"^(GuardOnDataDependentSymNode|DataDependentOutputException|DynamicOutputShapeException|PendingUnbackedSymbolNotFound)"
+    r"^(GuardOnDataDependentSymNode|DataDependentOutputException|DynamicOutputShapeException"
+    r"|PendingUnbackedSymbolNotFound)"
     r"|data-dependent|Data-dependent branching|Data dependent operator|Dynamic slicing with Tensor"
-    r"|Indexing list with non|builtin operator `\w+` with argument types \[[^\]]*Tensor|\.numpy\(\) is not supported|Tensor\.tolist\(\) with"
-    r"|unsupported format string passed to (Fake|Sym)|unhashable type: .*Sym|of ints,\s*but got FakeTensor"
-    r"|(max|min)imum\(\) missing"
+    r"|Indexing list with non|builtin operator `\w+` with argument types \[[^\]]*Tensor"
+    r"|\.numpy\(\) is not supported|Tensor\.tolist\(\) with|unsupported format string passed to (Fake|Sym)"
+    r"|unhashable type: .*Sym|of ints,\s*but got FakeTensor|(max|min)imum\(\) missing"
 )
 _OPERATOR = re.compile(r"\baten[.:]+(\w+)")
 _NAMES = {"conditional": "conditional expression", "and-or": "and/or"}

@@ -19,15 +19,14 @@ from nxfx.analysis.provenance import Source
 from nxfx.capture import branches, errors, normalise
 from nxfx.capture.frames import whole_traces
 from nxfx.capture.interception import Session, interception
-from nxfx.capture.shell import Convention, RegisteredMisfit, Shell, bind, parameter_names
 from nxfx.capture.outside import OutsideState, foreign_tensors
+from nxfx.capture.shell import Convention, RegisteredMisfit, Shell, bind, parameter_names
 from nxfx.capture.state import ModuleState, writing_line
 from nxfx.capture.strict import StrictShell, export_strict
 from nxfx.capture.structure import Flat, Path, flatten, leaf_names
 from nxfx.capture.unlift import inputs_to_buffers, unlift
 from nxfx.errors import CaptureError, UsageError
 from nxfx.report import Finding, Report, Rewrite, Severity
-
 
 Ranges = dict[str, tuple[int, int]]
 
@@ -134,6 +133,7 @@ def capture(
         with _quiet(training):
             program = _normal_form(program)
     except Exception as error:
+        _refuse_shared_memory(error, model, flat, convention.input_names)
         raise errors.translate(error, model_name=type(model).__name__) from error
     invented = branches.invented_guards(program)
     if invented:

@@ -44,8 +44,10 @@ class _Interception(TorchFunctionMode):
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)  # type: ignore[no-untyped-call]
         try:
+            if torch.is_grad_enabled() != self.grad_at_entry:
+                _set_grad_enabled(self.grad_at_entry)  # left changed: the tracer does not know of it
             if raised[0] is None:
-                tensor_bounds.check_gathered(self.session)
+                tensor_bounds.check_copies(self.session)
             branches.note_stated_guards()
         finally:
             self.session.close()
@@ -107,7 +109,7 @@ def _writes(function: Any) -> bool:
             or name.startswith("__i")
             and name not in ("__invert__", "__index__", "__int__", "__iter__")
         )
-    return bool(name.endswith("_"))
+    return bool(name.endswith("_")) and name not in ("requires_grad_", "detach_", "share_memory_")
 
 
 def _detached(value: Any) -> Any:

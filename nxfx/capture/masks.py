@@ -17,6 +17,7 @@ from nxfx.report.findings import Severity
 from nxfx.report.rewrites import Kind
 
 _SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32)
+_COUNTING = (torch.int32, torch.int64)
 _UNSIGNED = (torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
@@ -154,13 +155,17 @@ def length(session: Session, axis: Axis) -> int | None:
     """How many elements the axis means when nothing is clamped, where that is the same at every run-time value."""
     if axis.is_select:
         return 1
-    bounds = [
-        b for b in (axis.start, axis.stop) if isinstance(b, torch.Tensor) and b.dtype in (torch.int32, torch.int64)
-    ]
-    known = [session.trace.affine(b) for b in bounds]
+    tensors = [symbols.as_tensor(session, b) if trace.is_unbacked(b) else b for b in (axis.start, axis.stop)]
+    known = [session.trace.affine(t) for t in tensors if isinstance(t, torch.Tensor) and t.dtype in _COUNTING]
     if len(known) < 2 or known[0] is None or known[1] is None or known[0][0] != known[1][0]:
         return None
     return max(0, -(-(known[1][1] - known[0][1]) // axis.step))
+
+
+def positions(axis: Axis, count: int) -> torch.Tensor:
+    """Where the ``count`` elements of ``axis`` stand; out of range, all of them, when the slice has another length."""
+    index = axis.first + axis.step * torch.arange(count, dtype=axis.first.dtype, device=axis.mask.device)
+    return torch.where(axis.mask.sum() == count, index, axis.size)
 
 
 def assign(session: Session, view: torch.Tensor, axes: Sequence[Axis], value: Any) -> None:

@@ -80,10 +80,11 @@ def _local(build: NodeBuilder, node: fx.Node) -> fx.Node:
 
 def _viewable(was: torch.Tensor, is_: torch.Tensor) -> bool:
     # A fake reshape that could stay a view shares its strides' layout; `untyped_storage` tells a view from a copy.
-    return is_.untyped_storage()._cdata == was.untyped_storage()._cdata
+    return bool(is_.untyped_storage()._cdata == was.untyped_storage()._cdata)
 
 
 def _to_copy(build: NodeBuilder, node: fx.Node, source: fx.Node, was: torch.Tensor, is_: torch.Tensor) -> fx.Node:
+    assert isinstance(node.target, torch._ops.OpOverload)
     names = [a.name for a in node.target._schema.arguments]
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     same = was.dtype == is_.dtype and was.device == is_.device and was.stride() == is_.stride()

@@ -83,7 +83,7 @@ _REGISTER = "or register its class with torch.utils._pytree.register_pytree_node
 _FAKE = r'torch.library.register_fake("{}") with a function that returns torch.empty_like(...)'
 
 MISFIT = _rule(
-    r"TypeError: (?!maximum|minimum).*?((?:missing \d+ required|takes (?:from )?\d+|got an unexpected keyword)[^\n]*)",
+    r"TypeError: (?!maximum|minimum).*?((?:missing \d+ required|missing a required|takes (?:from )?\d+|got an unexpected keyword)[^\n]*)",
     r"TypeError.*?((?:got multiple values|[Tt]oo many positional|Missing required)[^\n]*?)['\")\]]*\n",
     "(failed to bind arguments)",
     construct=r"a call whose arguments do not fit: \1",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.capture.trace import Trace, module_path
+from nxfx.capture.trace import Trace, module_path, node_of
 from nxfx.errors import CaptureError
 from nxfx.report.findings import Finding, Severity
 from nxfx.report.locations import Location, frame_rank
@@ -47,8 +47,8 @@ class Site:
 
 
 @dataclass
-class Gathered:
-    """``copy`` stands for the view ``base[i]``, ``i`` a 0-d tensor: right while neither is written.
+class Copied:
+    """``copy`` stands for a view of ``base``, ``base[i]`` with a tensor ``i``: right while neither is written.
 
     Attributes:
         copy, base: nodes.
@@ -92,11 +92,24 @@ class Session:
     reads: list[Site] = field(default_factory=list)
     trace: Trace = field(default_factory=Trace)
     item_sources: dict[str, tuple[torch.Tensor, object]] = field(default_factory=dict)
-    gathered: list[Gathered] = field(default_factory=list)
+    copies: list[Copied] = field(default_factory=list)
     entry: FrameType | None = None
     is_paused: bool = False
     watched: Any = None
     repetitions: dict[tuple[str, int], tuple[FrameType, int]] = field(default_factory=dict)
+
+    def watch_copy(
+        self,
+        copy: torch.Tensor,
+        base: torch.Tensor,
+        result: Any,
+        place: tuple[Any, Any],
+        versions: list[tuple[torch.Tensor, object]],
+    ) -> None:
+        """``copy`` was taken where eager takes a view of ``base``; :class:`Copied` has the rest."""
+        node, source = node_of(copy), node_of(base)
+        if node is not None and source is not None:
+            self.copies.append(Copied(node, source, node, result, place, versions, self.location()))
 
     @property
     def errors(self) -> list[Finding]:
@@ -108,7 +121,7 @@ class Session:
             del self.watched.evaluate_sym_node  # the method of the class shows again
         self.entry = self.watched = None
         self.repetitions.clear()
-        self.gathered.clear()
+        self.copies.clear()
         self.item_sources.clear()
         self.trace = Trace()
 

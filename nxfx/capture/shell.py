@@ -128,30 +128,31 @@ class Shell(torch.nn.Module):
         model, convention, state, around = self._nxfx
         args, kwargs = arguments = unflatten(convention.input_spec, leaves)
         before = flatten(arguments, share=True)
-        with self._lend_plain_tensors(state) as lent, around():
+        with self._lend_plain_tensors(state) as (lent, places), around():
             before_call = state.registered_now()
             result = model(*args, **kwargs)
             _refuse_misfits(model, before_call, state.registered_now())
             for name, tensor in model.named_buffers():
                 lent.setdefault(id(tensor), name)
-            changes = [c for c in state.changes() if lent.get(id(c.after)) is None or c.removed]
+            changes = [c for c in state.changes() if c.removed or places.get((id(c.holder.container), c.key)) is not c.after]
         return self._conclude(convention, before, arguments, result, changes, leaves, lent)
 
     @contextlib.contextmanager
-    def _lend_plain_tensors(self, state: ModuleState) -> Iterator[dict[int, str]]:
+    def _lend_plain_tensors(self, state: ModuleState) -> Iterator[tuple[dict[int, str], dict[Any, Any]]]:
+        """id of each lent tensor → its name, and where it was put."""
         lent: dict[int, str] = {}
-        keep = []
+        places: dict[Any, Any] = {}
         for name, slot in self.slots.items():
             tensor = self.get_buffer(name)
             lent[id(tensor)] = slot.name
-            keep.append(tensor)
             for holder, key in slot.aliases:
                 holder.set(key, tensor)
+                places[id(holder.container), key] = tensor
         for holder, key, tensor, name in state.registered_aliases():
             holder.set(key, tensor)
             lent[id(tensor)] = name
-            keep.append(tensor)
-        yield lent
+            places[id(holder.container), key] = tensor
+        yield lent, places
 
     @staticmethod
     def _conclude(

@@ -52,6 +52,7 @@ class Static:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+        self.key: Any
         if isinstance(value, numpy.ndarray):  # captures bake its content
             self.value = value.copy()
             self.key = (numpy.ndarray, value.dtype.str, value.shape, value.tobytes())
@@ -67,14 +68,14 @@ class Static:
             self.key = (id(value), value.training, *map(id, self.kept))
             return
         if isinstance(value, (types.FunctionType, types.MethodType)) and getattr(value, "__closure__", None):
-            self.kept = [_cell(c) for c in value.__closure__]
+            self.kept = [_cell(c) for c in value.__closure__ or ()]
             self.key = (value, *map(id, self.kept))
             return
         if isinstance(value, (set, frozenset)):
             self.value, value = type(value)(value), frozenset(value)
         try:
             hash(value)
-            self.key: Any = (type(value), repr(value) if isinstance(value, (float, complex)) else value)
+            self.key = (type(value), repr(value) if isinstance(value, (float, complex)) else value)
         except TypeError:
             self.key = (type(value), id(value))
 
@@ -320,7 +321,8 @@ class _Builder:
     def _immutable(self, spec: Container, path: Path) -> Any:
         children = [self.build(c, (*path, k)) for k, c in zip(spec.keys, spec.children, strict=True)]
         if spec.kind == "tuple":
-            return tuple.__new__(spec.type, children)
+            new: Any = tuple.__new__
+            return new(spec.type, children)
         if spec.kind == "namedtuple":
             return spec.type(*children)
         return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(children, spec.context.value)

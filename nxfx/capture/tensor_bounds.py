@@ -13,7 +13,7 @@ import torch
 
 from nxfx.capture import masks, symbols, trace
 from nxfx.capture.masks import Axis
-from nxfx.capture.session import Gathered, Session
+from nxfx.capture.session import Copied, Session
 from nxfx.capture.windows import Window, aligned
 from nxfx.report.findings import Severity
 from nxfx.report.rewrites import Kind
@@ -59,7 +59,9 @@ def on_getitem(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
     part, rest = _gather(session, base, items)
     result = _take(session, part, rest, (), (base, index) if part is base else None)
     if part is not base:
-        _watch(session, part, base, index, result)
+        positions = [i for i in (index if type(index) is tuple else (index,)) if isinstance(i, torch.Tensor)]
+        versions = [(p, session.trace.version(p)) for p in positions]
+        session.watch_copy(part, base, result, (base, index), versions)
     return result
 
 
@@ -67,7 +69,7 @@ def on_setitem(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
     """``Tensor.__setitem__``."""
     base, index, value = args
     if isinstance(value, Window) and not needs_interception(index):
-        return function(base, index, value._native("assignment to a slice of fixed size"))
+        return function(base, index, value._tensor("assignment to a slice of fixed size"))
     if not needs_interception(index) or not trace.is_tracing(base):
         return function(base, index, value)
     items = _expanded(_with_literals(index), base.ndim)
@@ -87,10 +89,10 @@ def on_setitem(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
     axes = _axes(session, view, items)
     session.rewrote("slice.tensor-bound", Kind.EXACT, f"x[{_text(axes)}] = value", "where(mask, value, x)")
     _note_positions(session, axes)
-    gathered = _put_back(session, base, index, value)
+    copied = _put_back(session, base, index, value)
     masks.assign(session, view, axes, aligned(session, axes, value) if isinstance(value, Window) else value)
-    if gathered is not None:
-        gathered.since = gathered.copy.graph._root.prev
+    if copied is not None:
+        copied.since = copied.copy.graph._root.prev
     return None
 
 
@@ -104,7 +106,7 @@ def take_window(window: Window, index: Any) -> Any:
         if item is None:
             continue
         if _is_advanced(item) or is_position(item) or at in dims and not (type(item) is slice and _is_whole([item])):
-            return window._native(f"indexing with [{_show(item)}]")[index]
+            return window._tensor(f"indexing with [{_show(item)}]")[index]
         if at in dims:
             kept[position] = dims[at]
         at += 1
@@ -208,7 +210,7 @@ def _gather(session: Session, base: torch.Tensor, items: list[Any]) -> tuple[tor
     """Take the elements at tensor positions, which eager does first, with ``aten.index``: no value reaches Python.
 
     Eager gives a view there, this is a copy. The difference shows only when one is written while the other is in use:
-    :func:`check_gathered` looks for that when the model has run.
+    :func:`check_copies` looks for that when the model has run.
     """
     part, rest = base, list(items)
     for at in reversed([i for i, item in enumerate(items) if is_position(item)]):
@@ -260,37 +262,29 @@ def _same_place(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
     return base is base2 and len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
-def _watch(session: Session, part: torch.Tensor, base: torch.Tensor, index: Any, result: Any) -> None:
-    copy, source = trace.node_of(part), trace.node_of(base)
-    if copy is not None and source is not None:
-        positions = [i for i in (index if type(index) is tuple else (index,)) if isinstance(i, torch.Tensor)]
-        versions = [(p, session.trace.version(p)) for p in positions]
-        session.gathered.append(Gathered(copy, source, copy, result, (base, index), versions, session.location()))
-
-
-def _put_back(session: Session, base: torch.Tensor, index: Any, value: Any) -> Gathered | None:
+def _put_back(session: Session, base: torch.Tensor, index: Any, value: Any) -> Copied | None:
     """The copy that ``x[i] += v`` read, changed and is about to write back to where it came from."""
-    for gathered in reversed(session.gathered):
-        if value is gathered.result and _same_place(gathered.place, (base, index)):
-            aliases = session.trace.aliases(gathered.copy.graph)
-            untouched = aliases.first_write(aliases.root(gathered.base), gathered.since) is None
-            return gathered if untouched and all(session.trace.version(p) == v for p, v in gathered.versions) else None
+    for copied in reversed(session.copies):
+        if value is copied.result and _same_place(copied.place, (base, index)):
+            aliases = session.trace.aliases(copied.copy.graph)
+            untouched = aliases.first_write(aliases.root(copied.base), copied.since) is None
+            return copied if untouched and all(session.trace.version(p) == v for p, v in copied.versions) else None
     return None
 
 
-def check_gathered(session: Session) -> None:
+def check_copies(session: Session) -> None:
     """Refuse where ``x[i]`` had to be a view: it was written, or ``x`` was written while it was in use."""
-    for gathered in session.gathered:
-        aliases = session.trace.aliases(gathered.copy.graph)
-        written = aliases.first_write(aliases.root(gathered.base), gathered.since)
-        stale = written is not None and aliases.is_used_after(gathered.copy, written)
-        if stale or aliases.first_write(gathered.copy, gathered.since) is not None:
+    for copied in session.copies:
+        aliases = session.trace.aliases(copied.copy.graph)
+        written = aliases.first_write(aliases.root(copied.base), copied.since)
+        stale = written is not None and aliases.is_used_after(copied.copy, written)
+        if stale or aliases.first_write(copied.copy, copied.since) is not None:
             raise session.refuse(
                 "NX201",
                 "x[i] with a tensor i, used as a view",
                 "x[i], i a tensor, and then it or x is written in place: in the graph they are no longer one memory",
                 "write through the base, x[i] = value, or take a copy that nobody writes: x[i].clone()",
-                gathered.location,
+                copied.location,
             )
 
 

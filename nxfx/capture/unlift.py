@@ -89,6 +89,13 @@ def unlift(
     return _assemble(root, program.graph_module), sources, buffers, inputs
 
 
+def _name_of(target: str, shell: Shell | StrictShell, sources: dict[str, Source]) -> str:
+    """The user's name for what a mutation writes: an input, a plain tensor, a buffer."""
+    if target in sources:
+        return sources[target].name
+    return shell.slots[target].name if target in shell.slots else _own_name(shell, target)
+
+
 def _own_name(shell: Shell | StrictShell, target: str) -> str:
     """The model's own name for a parameter or buffer of the shell."""
     return target.removeprefix(PREFIX) if isinstance(shell, StrictShell) else target
@@ -125,8 +132,7 @@ def _order_outputs(
             if spec.kind.name not in kinds:
                 continue
             target = str(spec.target)
-            name = sources[target].name if target in sources else shell.slots[target].name if target in shell.slots else _own_name(shell, target)
-            into[name] = len(ordered)
+            into[_name_of(target, shell, sources)] = len(ordered)
             ordered.append(value)
     output.args = (tuple(ordered),)
     return buffers, inputs

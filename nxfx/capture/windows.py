@@ -54,6 +54,7 @@ _WITH_INPLACE = frozenset(
     f for f in vars(F).values() if inspect.isfunction(f) and "inplace" in inspect.signature(f).parameters
 )
 _LAST_BIT_BOUND = "the last bit: CPU kernels round differently on strided data"
+_ZERO_BOUND = "the sign of a zero, where zeros of both signs tie"
 _SUM_BOUND = "a sum that also adds zeros: |error| <= length * eps * sum(|x|)"
 
 
@@ -95,7 +96,7 @@ class Window:
         if name in _ASKS:
             return getattr(self._value, name)
         if not callable(function):
-            return getattr(self._native(f".{name}"), name)
+            return getattr(self._tensor(f".{name}"), name)
         return functools.partial(_call, function, self)
 
     @classmethod
@@ -112,27 +113,35 @@ class Window:
         if isinstance(part, Window):
             part._write(value)
         else:
-            self._native("[...] = value")[index] = value
+            self._tensor("[...] = value")[index] = value
 
     def __len__(self) -> int:
-        return len(self._native("len()"))
+        return len(self._tensor("len()"))
 
     def __iter__(self) -> Any:
-        return iter(self._native("iteration"))
+        return iter(self._tensor("iteration"))
 
     def __bool__(self) -> bool:
-        return bool(self._native("bool()"))
+        return bool(self._tensor("bool()"))
 
     __hash__ = object.__hash__
 
     def size(self, dim: int | None = None) -> Any:
         if dim is not None and (dim if dim < 0 else dim - self._value.ndim) not in {a.dim for a in self._axes}:
             return self._value.size(dim)
-        return self._native(".size()").size() if dim is None else self._native(".size()").size(dim)
+        return self._tensor(".size()").size() if dim is None else self._tensor(".size()").size(dim)
 
-    def _native(self, use: str) -> torch.Tensor:
-        """Torch's own slice, of a size that depends on data: only for bounds that the model turned into numbers."""
-        if any(isinstance(b, torch.Tensor) for a in self._axes for b in (a.start, a.stop)):
+    @property
+    def _is_numeric(self) -> bool:
+        """Whether all bounds are numbers, out of ``.item()`` or not."""
+        return not any(isinstance(b, torch.Tensor) for a in self._axes for b in (a.start, a.stop))
+
+    def _tensor(self, use: str) -> torch.Tensor:
+        """The part as a tensor of its own, for a use that masks do not reach: where its size is known after all."""
+        lengths = [masks.length(self._session, a) for a in self._axes]
+        if None not in lengths:
+            return self._gathered([n for n in lengths if n is not None])
+        if not self._is_numeric:
             _refuse(self._session, use, self)
         self._session.note(
             "NX403",
@@ -145,6 +154,22 @@ class Window:
             index[axis.dim] = slice(axis.start, axis.stop, axis.step)
         with self._session.paused():
             return self._value[tuple(index)]
+
+    def _gathered(self, lengths: Sequence[int]) -> torch.Tensor:
+        """``x[n : n + 4]``: four elements from ``n`` on."""
+        part = self._value
+        for axis, count in zip(self._axes, lengths, strict=True):
+            part = part.index_select(axis.dim, masks.positions(axis, count))
+        self._session.rewrote("slice.tensor-offset-read", Kind.EXACT, "x[n : n + k]", "x.index_select(n + arange(k))")
+        self._session.note(
+            "NX404",
+            Severity.WARNING,
+            f"eager gives fewer than {' x '.join(map(str, lengths))} elements when the slice passes the end; "
+            "the captured graph has a fixed size and an index out of range there",
+            "declare a range for the bound that keeps the slice inside the tensor",
+        )
+        self._session.watch_copy(part, self._value, part, (self._value, None), [])
+        return part
 
     def _operand(self) -> torch.Tensor:
         # In training what lies outside the mask must not reach the backward pass: its gradient is zero, but zero times
@@ -177,8 +202,8 @@ def aligned(session: Session, axes: Sequence[Axis], value: Window) -> torch.Tens
     given = {a.dim: a for a in value._axes}
     if len(wanted) == len(given) and all(a.dim in given and masks.same(session, a, given[a.dim]) for a in wanted):
         return value._value
-    if all(not isinstance(b, torch.Tensor) for a in value._axes for b in (a.start, a.stop)):
-        return value._native("assignment to another slice")
+    if value._is_numeric or all(masks.length(session, a) is not None for a in value._axes):
+        return value._tensor("assignment to another slice")
     raise session.refuse(
         "NX201",
         "assignment between different slices",
@@ -213,7 +238,7 @@ def _dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if rule is not None and _is_simple(args, kwargs):
         return rule(function, name, args, kwargs)
     use = getattr(function, "__name__", str(function))
-    native = {id(w): w._native(use) for w in windows}
+    native = {id(w): w._tensor(use) for w in windows}
     args, kwargs = pytree.tree_map(lambda a: native.get(id(a), a), (args, kwargs))
     return function(*args, **kwargs)
 
@@ -234,7 +259,7 @@ def _elementwise(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[s
     if name in _DIVIDES:
         _keep_divisor_safe(session, axes, name, operands, named)
     result = function(*operands, **named)
-    if name in _LAST_BIT:
+    if name in _LAST_BIT or "alpha" in kwargs:  # x + alpha * y is one rounding or two
         session.rewrote(
             "slice.tensor-bound-read", Kind.REASSOCIATED, f"{name}(slice)", f"{name}(base), masked", _LAST_BIT_BOUND
         )
@@ -343,13 +368,13 @@ def _reduction(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
             _refuse(session, f"{name} with positions", window)
         if name.startswith("arg") and inside and len(dims) == ndim and ndim > 1:
             _refuse(session, f"{name} over all dimensions", window)
-    exact = not window._value.dtype.is_floating_point or name not in ("sum", "nansum", "mean", "prod", "logsumexp")
+    bound = _bound(name, window._value.dtype)
     session.rewrote(
         "slice.tensor-bound-read",
-        Kind.EXACT if exact else Kind.REASSOCIATED,
+        Kind.REASSOCIATED if bound else Kind.EXACT,
         f"slice.{name}()",
         f"where(mask, base, {'0' if name == 'mean' else 'neutral'}).{name}()",
-        "" if exact else _SUM_BOUND,
+        bound,
     )
     if name == "mean":
         result = _mean(window, inside, dims, keep, kwargs)
@@ -358,6 +383,13 @@ def _reduction(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
         result = function(whole, *rest, **kwargs)
     left = [a.at(_new_dim(a.dim, dims, keep)) for a in window._axes if a.dim not in dims]
     return pytree.tree_map(lambda t: Window(session, t, left), result) if left else result
+
+
+def _bound(name: str, dtype: torch.dtype) -> str:
+    """What may differ from eager's order of reduction; empty: nothing."""
+    if not dtype.is_floating_point or name in ("any", "all", "count_nonzero", "argmax", "argmin"):
+        return ""
+    return _ZERO_BOUND if name in ("max", "min", "amax", "amin") else _SUM_BOUND
 
 
 def _dims(name: str, ndim: int, rest: list[Any], kwargs: dict[str, Any]) -> tuple[set[int], bool]:

@@ -121,7 +121,7 @@ class IndexWrite:
 
 
 class IndexMasks:
-    """Builds the mask and the placed value of one :class:`IndexWrite`. The nodes of ``write`` are those of the graph as it is."""
+    """Builds the mask and the placed value of one :class:`IndexWrite`, whose nodes stand in the graph."""
 
     def __init__(self, masks: MaskBuilder, write: IndexWrite) -> None:
         self.masks, self.write, self.base = masks, write, write.base

@@ -1,8 +1,7 @@
 """Masks of regions as ``arange`` comparisons, and values placed where a mask selects them.
 
 Equal masks of one graph are one node: create one :class:`MaskBuilder` a graph and visit the writes in graph order, so
-    that what
-is shared stands before all of its users.
+that what is shared stands before all of its users.
 """
 
 from __future__ import annotations
@@ -101,11 +100,11 @@ class MaskBuilder:
         return self._shared[key]
 
     def elementwise(self, op: Any, *operands: Any, dtype: torch.dtype) -> fx.Node:
-        """``op`` of operands that broadcast. Where all are contiguous so is the result, and its value needs no evaluation."""
+        """``op`` of operands that broadcast. Where all are contiguous so is the result: nothing to evaluate."""
         values = [meta.val(o) for o in operands if isinstance(o, fx.Node)]
         if not all(is_static(*v.shape) and v.is_contiguous() for v in values):
             return self.build.call(op, *operands)
-        shape = list(max((v.shape for v in values), key=len))
+        shape = [1] * max(v.dim() for v in values)
         for value in values:
             for position, size in enumerate(reversed(value.shape)):
                 if shape[-1 - position] == 1:
@@ -126,7 +125,10 @@ class MaskBuilder:
         return self.shared(("size", size.node.expr), lambda: self.build.call(aten.sym_size.int, node, dim))
 
     def positions(self, base: fx.Node, axis: int, dtype: torch.dtype = torch.int32) -> fx.Node:
-        """``arange`` over an axis of ``base``; int64 where the size may exceed int32. What it is compared with must fit ``dtype`` too."""
+        """``arange`` over an axis of ``base``, int64 where the size may exceed int32.
+
+        What it is compared with must fit ``dtype`` too.
+        """
         size, device = self.size(base, axis), meta.val(base).device
         dtype = dtype if is_static(size) and size < 2**31 else torch.int64
 
@@ -198,7 +200,7 @@ class MaskBuilder:
         return self.all_of(parts)
 
     def all_but(self, base: fx.Node, region: Region, mask: fx.Node) -> fx.Node:
-        """Everything but ``region``, whose mask is given: one comparison where it is the front or the rear of one axis."""
+        """Everything but ``region``, whose ``mask`` is given: one comparison for the front or rear of an axis."""
         partial = [(axis, shown) for axis, shown in enumerate(region.axes) if shown is not None]
         axis, shown = partial[0]
         if len(partial) > 1 or not isinstance(shown, Extent) or shown.step > 1:
@@ -265,15 +267,13 @@ class MaskBuilder:
         return wrap_bound(bound if tensor is None else tensor, size, self.calculus)
 
     def _as_tensor(self, bound: Any) -> fx.Node | None:
-        """The 0-d int64 tensor behind a SymInt node made of ``.item()`` calls and arithmetic; None for any other bound."""
+        """The 0-d int64 tensor behind a SymInt node of ``.item()`` calls and arithmetic; None for other bounds."""
         if not isinstance(bound, fx.Node) or bound.op != "call_function":
             return None
         args: Any = bound.args
         if bound.target in (aten._local_scalar_dense.default, aten.item.default):
-            return self.shared(
-                ("item", args[0]),
-                lambda: self.align(self.build.cast(args[0], torch.int64), [None] * meta.val(args[0]).dim(), 0),
-            )
+            dims = [None] * meta.val(args[0]).dim()
+            return self.shared(("item", args[0]), lambda: self.align(self.build.cast(args[0], torch.int64), dims, 0))
         if bound.target not in _ARITHMETIC:
             return None
         parts = [a if is_static(a) else self._as_tensor(a) for a in args]

@@ -92,7 +92,8 @@ def cast(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What ``_to_copy(value, dtype=dtype)`` gives: the same strides when ``value`` is dense, packed ones when it is not."""
     if isinstance(value, FakeTensor) and not _is_dense(value):
         with _quiet(value.fake_mode):
-            return torch.ops.aten._to_copy.default(value, dtype=dtype)
+            packed: torch.Tensor = torch.ops.aten._to_copy.default(value, dtype=dtype)
+            return packed
     return retype(value, dtype)
 
 

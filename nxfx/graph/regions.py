@@ -95,7 +95,7 @@ class Region:
         return Region.of(list(self.axes), dims, self.shape, self.nothing)
 
     def with_slice(self, dim: int, start: Any, end: Any, step: int, size: Any, count: Any) -> Region | None:
-        """This view sliced along ``dim`` (of ``size``, ``count`` positions of which stay); None where that has no region."""
+        """This view sliced along ``dim``, of ``size`` positions of which ``count`` stay; None where that is no region."""
         dim %= len(self.dims)
         axis = self.dims[dim]
         start, end = 0 if start is None else start, INT64_MAX if end is None else end
@@ -167,7 +167,7 @@ _PURE = frozenset(
 
 
 def _key(bound: Any, depth: int = 8) -> Any:
-    """Equal for bounds that are certainly equal: by value, by symbol, or by being the same arithmetic on the same tensors."""
+    """Equal for bounds that are certainly equal: one value, one symbol, or one arithmetic on the same tensors."""
     if not isinstance(bound, fx.Node):
         return tuple(_key(b, depth) for b in bound) if isinstance(bound, (list, tuple)) else bound
     if bound.op == "call_function" and bound.target in _PURE and depth > 0:

@@ -6,7 +6,7 @@ size 4 the bound -99 is 0 and 99 is 4. The rule is written once, over a :class:`
 graph nodes and tensors cannot disagree.
 
 Private torch API used here: ``torch.fx.experimental.symbolic_shapes.statically_known_true``, tested on torch 2.9 and
-    2.13.
+2.13.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Extent:
         return range(self.start, self.start + self.count * self.step, self.step)
 
     def within(self, inner: Extent) -> Extent:
-        """``inner``, an extent of the axis that this one makes, as positions of the original axis: ``x[self][inner]``."""
+        """``x[self][inner]``: ``inner``, an extent of the axis that this one makes, on the original axis."""
         if inner.size != self.count:
             raise ValueError(f"an extent of an axis of {inner.size} does not fit into {self.count} positions")
         return Extent.of(self.start + inner.start * self.step, self.step * inner.step, inner.count, self.size)
@@ -133,7 +133,7 @@ def clamp_bound(bound: Any, size: Any, calculus: Calculus = INTEGERS) -> Any:
 
 
 def slice_bounds(start: Any, end: Any, size: Any, calculus: Calculus = INTEGERS) -> tuple[Any, Any]:
-    """``(start, stop)`` of ``x[start:end]`` on an axis of ``size``: both in ``[0, size]``; ``stop`` may precede ``start`` (empty)."""
+    """``(start, stop)`` of ``x[start:end]``: both in ``[0, size]``; where nothing is meant ``stop`` may precede ``start``."""
     first = 0 if start is None else clamp_bound(start, size, calculus)
     last = size if end is None else clamp_bound(end, size, calculus)
     return first, last

@@ -40,7 +40,8 @@ def with_strides_of(build: NodeBuilder, node: fx.Node, value: torch.Tensor) -> f
     wide = [d for d in range(value.dim()) if value.shape[d] > 1]
     if all(own.stride(d) == value.stride(d) for d in wide):
         return node
-    order = sorted(wide, key=lambda d: (-value.stride(d), d)) + [d for d in range(value.dim()) if value.shape[d] == 1]
+    strides: tuple[int, ...] = value.stride()
+    order = sorted(wide, key=lambda d: (-strides[d], d)) + [d for d in range(value.dim()) if value.shape[d] == 1]
     back = [order.index(d) for d in range(value.dim())]
     if back == list(range(value.dim())):
         return build.call(aten.clone.default, node, memory_format=torch.contiguous_format)

@@ -100,7 +100,7 @@ def locate(node: fx.Node) -> Location:
 
 def _first_use(node: fx.Node) -> Location:
     """Where an input or a buffer is first used, looking through the casts that passes put right after it."""
-    for user in (*node.users, *(second for user in node.users for second in user.users)):
+    for user in (*node.users, *(second for first in node.users for second in first.users)):
         if user.meta.get("stack_trace"):
             return locate_trace(user.meta["stack_trace"], module_path(user))
     return Location(source=str(node.target))

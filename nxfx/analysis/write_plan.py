@@ -1,0 +1,158 @@
+"""Which writes of a graph are replaced, what each rests on, and what falls away with them.
+
+Writes are planned from the last to the first, so that the inner links of a chain of views are not planned by themselves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from nxfx.analysis import dtype_rules
+from nxfx.analysis.finiteness import Finiteness
+from nxfx.analysis.index_writes import INDEX_WRITES, Indices, read_index_write
+from nxfx.analysis.provenance import Source
+from nxfx.analysis.slice_writes import SCATTERS, SliceWrite, read_slice_write, written_value
+from nxfx.analysis.uniform import UniformValues
+from nxfx.analysis.views import Views
+from nxfx.graph import meta
+from nxfx.graph.index_masks import IndexWrite
+from nxfx.graph.regions import Region
+
+aten = torch.ops.aten
+
+_REDUCES = "it reduces what it writes"
+# Writers that have no mask form, and why.
+KEPT: Mapping[Any, str] = {
+    aten.masked_scatter.default: "the value that goes to a masked element depends on how many come before it",
+    aten.scatter.reduce: _REDUCES,
+    aten.scatter.value_reduce: _REDUCES,
+    aten.scatter_reduce.two: _REDUCES,
+    aten.index_reduce.default: _REDUCES,
+    aten.put.default: "it writes through flat indices",
+}
+WRITERS = frozenset({*SCATTERS, *INDEX_WRITES, *KEPT, aten.copy.default})
+# Dtypes that have no `where` on some supported torch.
+_NO_SELECT = frozenset({torch.uint16, torch.uint32, torch.uint64})
+
+
+@dataclass
+class PlannedWrite:
+    """A write that will be replaced.
+
+    Attributes:
+        node: what the replacement stands for: the scatter, or the view that puts its result back in order.
+        scatter: the node that writes.
+        inputs: the nodes that the replacement rests on.
+    """
+
+    node: fx.Node
+    scatter: fx.Node
+    write: SliceWrite | IndexWrite
+    inputs: Collection[fx.Node]
+
+
+class WritePlan:
+    """The plan for one graph.
+
+    Attributes:
+        writes: what is replaced, in graph order.
+        kept: writers that stay, each with the property that could not be proved.
+        unused: nodes that nothing needs once the plan is carried out.
+        uniform, finiteness: what is known of the graph's values.
+    """
+
+    def __init__(self, graph: fx.Graph, sources: Mapping[str, Source]) -> None:
+        self.uniform = UniformValues(sources)
+        self.finiteness = Finiteness(sources, self.uniform)
+        self.kept: list[tuple[fx.Node, str]] = []
+        self.unused: set[fx.Node] = set()
+        self._views = Views()
+        self._indices = Indices(sources, self.finiteness)
+        self._planned: dict[fx.Node, PlannedWrite] = {}
+        self._required: Counter[fx.Node] = Counter()  # by how many planned writes
+        for node in reversed([n for n in graph.nodes if n.op == "call_function" and n.target in WRITERS]):
+            if node in self.unused or not meta.is_tensor(node):
+                continue
+            try:
+                self._plan(node)
+            except Exception as error:
+                error.nxfx_node = node  # type: ignore[attr-defined]  # the pipeline names it, and the user's line
+                raise
+        self.writes = list(reversed(self._planned.values()))
+
+    def stays(self, node: fx.Node) -> bool:
+        """Whether ``node`` will still stand in the graph, and need its inputs."""
+        return node not in self.unused and node not in self._planned
+
+    def is_shared(self, node: fx.Node) -> bool:
+        """Whether more than one thing needs ``node``."""
+        return self._required[node] > 1 or any(self.stays(user) for user in node.users)
+
+    def _plan(self, scatter: fx.Node) -> None:
+        write = self._read(scatter)
+        if isinstance(write, str):
+            self.kept.append((scatter, write))
+            return
+        node, inputs = scatter, set(scatter.all_input_nodes)
+        if isinstance(write, SliceWrite):
+            node, inputs = write.node, write.inputs
+        planned = self._planned[node] = PlannedWrite(node, scatter, write, inputs)
+        self._required.update(inputs)
+        self._release(node.all_input_nodes)
+        while isinstance(planned.write, SliceWrite) and self._unite(planned, planned.write):
+            pass
+
+    def _read(self, node: fx.Node) -> SliceWrite | IndexWrite | str:
+        """The write that ``node`` makes, or why it stays."""
+        args: Any = node.args
+        dtype = meta.val(node).dtype
+        if node.target in KEPT:
+            return KEPT[node.target]
+        if dtype in _NO_SELECT or dtype not in dtype_rules.TABLE:
+            return f"torch.where has no kernel for {str(dtype).removeprefix('torch.')}"
+        if node.target is aten.copy.default:
+            value = written_value(args[1], dtype, self.uniform)
+            return SliceWrite(node, args[0], [Region.whole(meta.val(node).shape)], value)
+        if node.target in SCATTERS:
+            write = read_slice_write(node, self._views, self.uniform, self._required)
+            return "its bounds do not amount to slices of the tensor it writes" if write is None else write
+        return read_index_write(node, self._indices, self.uniform)
+
+    def _unite(self, planned: PlannedWrite, write: SliceWrite) -> bool:
+        """Join a write with the one before it, when both write the same number and nothing else needs its base."""
+        base, number = write.base, write.value.number
+        if number is None or base.target not in SCATTERS or not write.regions or self.is_shared(base):
+            return False
+        earlier = read_slice_write(base, self._views, self.uniform, self._required)
+        if earlier is None or earlier.node is not base or earlier.value.number is None:
+            return False
+        if not torch.equal(_bits(earlier.value.number), _bits(number)):
+            return False
+        planned.write = SliceWrite(write.node, earlier.base, earlier.regions + write.regions, write.value)
+        self._required.subtract(planned.inputs)
+        planned.inputs = planned.write.inputs
+        self._required.update(planned.inputs)
+        self._release([base])
+        return True
+
+    def _release(self, candidates: Iterable[fx.Node]) -> None:
+        """Note which of ``candidates``, and of what only they need, nothing will need."""
+        stack = list(candidates)
+        while stack:
+            node = stack.pop()
+            if node.op != "call_function" or node in self.unused or node.is_impure() or self._required[node] > 0:
+                continue
+            if not any(self.stays(user) for user in node.users):
+                self.unused.add(node)
+                stack += node.all_input_nodes
+
+
+def _bits(number: torch.Tensor) -> torch.Tensor:
+    """The bytes of a 0-d tensor: nan equals itself, 0.0 and -0.0 differ."""
+    return number.reshape(1).view(torch.uint8)
