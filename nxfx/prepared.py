@@ -242,7 +242,7 @@ class CapturedCall:
             self._twins[name] = stamp_of(wide)
 
     def _resolve(self, assigned: Assigned, outputs: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
-        found = {"input": inputs.__getitem__, "output": outputs.__getitem__, "state": self._model_buffer}
+        found: dict[str, Callable[[Any], Any]] = {"input": inputs.__getitem__, "output": outputs.__getitem__, "state": self._model_buffer}
         return [found[kind](key) for kind, key in assigned.leaves]
 
     # -- for compilers ------------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ class PreparedModule(torch.nn.Module):
     def _captured(self, flat: Flat, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> CapturedCall:
         _refuse_layouts(flat)
         signature = self._signature(flat)
-        found = self._captures.get(signature)
+        found: CapturedCall | None = self._captures.get(signature)
         if found is None or not found.holds():
             with self._lock:
                 found = self._captures.get(signature)
@@ -361,7 +361,8 @@ class PreparedModule(torch.nn.Module):
 
     def _only(self) -> CapturedCall:
         if len(self._captures) == 1:
-            return next(iter(self._captures.values()))
+            only: CapturedCall = next(iter(self._captures.values()))
+            return only
         if not self._captures:
             raise PrepareError("nothing is captured yet: call the prepared module once, or give prepare() example arguments")
         listed = "; ".join(map(str, self._captures))
@@ -420,7 +421,7 @@ class PreparedModule(torch.nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> PreparedModule:
         before = {id(t): t for t in (*self.parameters(), *self.buffers())}
         dtypes = [t.dtype for t in before.values()]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with self._lock:
             if dtypes != [t.dtype for t in {id(t): t for t in (*self.parameters(), *self.buffers())}.values()]:
                 self._captures.clear()  # the graphs were made for other dtypes

@@ -109,7 +109,7 @@ class _Flat(torch.nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         with fx.traceback.preserve_node_meta():
-            return fx.Interpreter(self._graph_module, garbage_collect_values=False).run(*inputs)
+            return fx.Interpreter(self.__dict__["_graph_module"], garbage_collect_values=False).run(*inputs)
 
 
 def _tensor_names(model: torch.nn.Module, call: CapturedCall) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from nxfx.graph.builder import NodeBuilder
 from nxfx.graph.index_masks import IndexMasks, IndexWrite
 from nxfx.graph.masks import MaskBuilder, has_shape
 from nxfx.graph.regions import Region, SymbolicSlice
-from nxfx.graph.slices import is_known
+from nxfx.graph.rows import GrowingTensor
+from nxfx.graph.slices import Extent, is_known
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report.findings import Finding, Severity
 from nxfx.report.rewrites import Kind
@@ -96,11 +97,20 @@ class MaskSliceWrites(Pass):
 
 @dataclass
 class _Made:
-    """What a write became: the node, the countable rule and a few words for the report."""
+    """What a write became: the node (None when nothing needs it whole), the countable rule and a few words."""
 
-    node: fx.Node
+    node: fx.Node | None
     rule: str
     words: str = "where"
+
+
+@dataclass
+class _Rows:
+    """A loop of writes on its way: the axis that is filled, the result of the last write, and what is filled so far."""
+
+    axis: int
+    last: fx.Node
+    tensor: GrowingTensor | None = None
 
 
 class _Rewriter:
@@ -113,6 +123,10 @@ class _Rewriter:
         self.masks = MaskBuilder(self.build)
         self.result = PassResult(changed=bool(self.plan.writes))
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.rows: dict[fx.Node, _Rows] = {}
+        for chain in self.plan.chains:
+            rows = _Rows(chain.axis, chain.writes[-1].node)
+            self.rows.update((planned.node, rows) for planned in chain.writes)
 
     def run(self) -> PassResult:
         for planned in self.plan.writes:
@@ -131,10 +145,14 @@ class _Rewriter:
 
     def _replace(self, planned: PlannedWrite) -> None:
         write, node = planned.write, planned.node
-        made = self._slices(write, planned) if isinstance(write, SliceWrite) else self._indexed(write, planned)
-        result = storage.with_strides_of(self.build, made.node, meta.val(node))
-        node.replace_all_uses_with(result)
-        self.replaced[node] = result
+        if isinstance(write, IndexWrite):
+            made = self._indexed(write, planned)
+        else:
+            made = self._row(write, planned) if node in self.rows else self._slices(write, planned)
+        if made.node is not None:
+            result = storage.with_strides_of(self.build, made.node, meta.val(node))
+            node.replace_all_uses_with(result)
+            self.replaced[node] = result
         before = _name(planned.scatter)
         self.result.rewrites.append(
             self.step.rewrite(planned.scatter, f"mask.{made.rule}", Kind.EXACT, before, made.words)
@@ -167,6 +185,31 @@ class _Rewriter:
         if mask is None:
             return self._everything(node, base, planned)
         return _Made(self.masks.select(mask, node, base), "slice")
+
+    def _row(self, write: SliceWrite, planned: PlannedWrite) -> _Made:
+        """One write of a loop: a piece of the concatenation that its readers and the result are made from."""
+        rows, value, region = self.rows[planned.node], write.value, write.regions[0]
+        if rows.tensor is None:
+            rows.tensor = GrowingTensor(self.masks, self._now(write.base), rows.axis)
+        tensor, base, extent = rows.tensor, rows.tensor.base, region.axes[rows.axis]
+        assert value.node is not None and isinstance(extent, Extent)
+        rank = meta.val(base).dim()
+        node = self._cast(self._now(value.node), base, value.casts)
+        dims = region.dims[len(region.dims) - meta.val(node).dim() :]
+        others = {a: shown for a, shown in enumerate(region.axes) if a != rows.axis and shown is not None}
+        mask = self.masks.axes_mask(base, others)
+        if mask is None:
+            node = self.masks.align(node, dims, rank, full=True)
+            shape = [extent.count if a == rows.axis else size for a, size in enumerate(meta.val(base).shape)]
+            piece = node if has_shape(node, shape) else self.build.call(aten.expand.default, node, shape)
+        else:
+            node = self.masks.place(self.masks.align(node, dims, rank), base, others, rank=rank)
+            piece = self.masks.select(mask, node, tensor.base_part(extent.start, extent.stop))
+        tensor.append(piece, extent.start, extent.stop)
+        readers = [user for user in planned.node.users if self.plan.stays(user)]
+        elsewhere = [user for user in readers if not tensor.serve(user, planned.node)]
+        whole = elsewhere or planned.node is rows.last or self.plan.writes_on(planned.node) > 1
+        return _Made(tensor.whole() if whole else None, "row", "a row of a concatenation")
 
     def _filled(self, base: fx.Node, regions: list[Region], number: torch.Tensor, planned: PlannedWrite) -> _Made:
         mask: fx.Node | None = None

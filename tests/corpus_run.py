@@ -177,7 +177,8 @@ def _line(row: Row) -> str:
     kinds = ", ".join(f"{n} {k}" for k, n in row.kinds.items()) or "-"
     kept = f"{row.wide[0]} → {row.wide[1]}" + (f" (+{row.wide[2]} forced)" if row.wide[2] else "")
     codes = ", ".join(f"{c}×{n}" if n > 1 else c for c, n in row.codes.items())
-    cells = (row.name, row.dtype, "yes" if row.cached else "", row.verdict, row.capture, kinds, kept, codes, row.why or "; ".join(row.problems))
+    note = row.why or "; ".join(row.problems)
+    cells = (row.name, row.dtype, "yes" if row.cached else "", row.verdict, row.capture, kinds, kept, codes, note)
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
 

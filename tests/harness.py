@@ -45,7 +45,12 @@ class _Wrap(torch.nn.Module):
 
 
 def graph_of(
-    model: Any, args: Sequence[Any], *, ranges: dict[str, tuple[int, int]] | None = None, dynamic_shapes: Any = None, core_aten: bool = False
+    model: Any,
+    args: Sequence[Any],
+    *,
+    ranges: dict[str, tuple[int, int]] | None = None,
+    dynamic_shapes: Any = None,
+    core_aten: bool = False,
 ) -> Captured:
     """The functional graph of ``model`` (a module or function) on ``args``, weights lifted, with a context that knows its sources."""
     module = model if isinstance(model, torch.nn.Module) else _Wrap(model)

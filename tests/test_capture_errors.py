@@ -722,6 +722,18 @@ def test_a_capture_error_is_returned_as_it_is_also_when_torch_wrapped_it() -> No
     assert translate(wrapped) is original
 
 
+def test_an_error_that_the_model_wrapped_is_unwrapped() -> None:
+    def wrapping(x: Tensor) -> Tensor:
+        try:
+            if x.sum() > 0:  # >>>
+                return x
+        except Exception as error:
+            raise ValueError("cannot decide") from error
+        return -x
+
+    check(translate(refused(Model(wrapping), (X,))), "if on a tensor's value", "NX401", wrapping)
+
+
 def test_library_code_is_named_below_the_users_line(tmp_path: Any) -> None:
     """The user's own frame is preferred; the line at fault inside an installed library is told as well."""
     package = tmp_path / "site-packages"

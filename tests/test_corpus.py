@@ -11,7 +11,10 @@ import torch
 
 from tests import corpus, corpus_run
 
-DENSE = "llama llama_static llama_eager llama_long_rope mistral_static ministral qwen2 qwen3 gemma gemma2 gemma3n_text phi3 gpt2 gpt_neo gptj opt bloom falcon_alibi mpt cohere glm4"
+DENSE = (
+    "llama llama_static llama_eager llama_long_rope mistral_static ministral qwen2 qwen3 gemma gemma2 gemma3n_text phi3 gpt2 "
+    "gpt_neo gptj opt bloom falcon_alibi mpt cohere glm4"
+)
 MOE = "mixtral qwen2_moe deepseek_v2 deepseek_v3 gpt_oss granitemoe llama4_text"
 LINEAR = "mamba mamba2 jamba bamba recurrent_gemma qwen3_next lfm2 rwkv"
 ENCODERS = "bert roberta distilbert albert deberta_v2 modernbert big_bird xlnet"

@@ -16,6 +16,7 @@ from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from tracing import trace
 
 from nxfx.analysis.intervals import INT32
 from nxfx.analysis.provenance import Role, Source
@@ -39,10 +40,26 @@ def tensor(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
-def narrow(model: Any, args: tuple[Any, ...], *more: tuple[Any, ...], **options: Any) -> tuple[Captured, PipelineResult]:
-    """One run of the pass, checked for invariants, idempotence and equal bits on all inputs."""
-    changes = {k: options.pop(k) for k in ("mode", "boundary", "fp64") if k in options}
-    return apply_pass(Narrow64bit(NarrowOptions(**changes)), model, args, more_inputs=more, **options)
+def narrow(
+    model: Any, args: tuple[Any, ...], *more: tuple[Any, ...], ranges: Ranges | None = None, **changes: Any
+) -> tuple[Captured, PipelineResult]:
+    """One run of the pass on a traced function, checked for invariants, idempotence and equal bits on all inputs."""
+    step = Narrow64bit(NarrowOptions(**changes))
+    before, after = trace(model, args, ranges=ranges), trace(model, args, ranges=ranges)
+    result = run_passes(after, step)
+    again = run_passes(after, step)
+    assert not again.changed, f"a second run changed the graph again: {again.rewrites}"
+    for inputs in (args, *more):
+        outcome = compare(before(*copy.deepcopy(inputs)), after(*copy.deepcopy(inputs)))
+        assert outcome.ok, f"{outcome.mismatches}\n{golden(after)}"
+    return after, result
+
+
+def narrow_exported(
+    model: Any, args: tuple[Any, ...], *more: tuple[Any, ...], **options: Any
+) -> tuple[Captured, PipelineResult]:
+    """The same through ``torch.export``: composite ops, metadata assertions, dynamic shapes, buffers."""
+    return apply_pass(Narrow64bit(), model, args, more_inputs=more, **options)
 
 
 def codes(result: PipelineResult) -> Counter[str]:
@@ -68,7 +85,7 @@ class TestGolden(expecttest.TestCase):
             best = (ids + torch.arange(8)).argmax(1)
             return F.embedding(ids, table), best
 
-        captured, _ = narrow(model, (ids(2, 8), TABLE), (torch.randint(0, 100, (2, 8)), TABLE))
+        captured, _ = narrow_exported(model, (ids(2, 8), TABLE), (torch.randint(0, 100, (2, 8)), TABLE))
         self.assertExpectedInline(
             golden(captured),
             """\
@@ -86,7 +103,7 @@ return (embedding, _to_copy_default_2)""",
         self.assertEqual(captured.context.requirements, {"args_0": (0, 99)})
 
     def test_a_kept_value_is_computed_wide_from_wide_operands(self) -> None:
-        captured, result = narrow(lambda t: (torch.arange(4) + t,), (tensor(3)[0],), (tensor(2**31 - 1)[0],))
+        captured, result = narrow_exported(lambda t: (torch.arange(4) + t,), (tensor(3)[0],), (tensor(2**31 - 1)[0],))
         self.assertExpectedInline(
             golden(captured),
             """\
@@ -167,10 +184,24 @@ def test_everything_proved_is_narrow(name: str) -> None:
     assert captured.context.requirements == {"args_0": (0, 99)}
 
 
-@pytest.mark.parametrize("name", ["arange", "where", "cumsum", "index_put", "slice_scatter", "masked_fill", "bool arithmetic", "gather"])
-def test_the_core_aten_form_narrows_as_well(name: str) -> None:
-    model = NARROWED[name]
-    captured, result = narrow(lambda x: (model(x),), (X,), (X.flip(0),), ranges={"args_0": (0, 99)}, core_aten=True)
+COMPOSITE = ("matmul", "meshgrid", "diff", "type_as", "tril_indices", "repeat_interleave", "bool arithmetic", "scatter", "index")
+
+
+def test_composite_ops_of_the_training_ir_narrow_as_well() -> None:
+    captured, result = narrow_exported(
+        lambda x: tuple(NARROWED[name](x) for name in COMPOSITE), (X,), (X.flip(0),), ranges={"args_0": (0, 99)}
+    )
+    assert {"aten.einsum.default", "aten.meshgrid.indexing", "aten.diff.default"} <= set(captured.ops())
+    assert_all_narrow(captured, result)
+
+
+CORE = ("arange", "where", "cumsum", "index_put", "slice_scatter", "masked_fill", "bool arithmetic", "gather")
+
+
+def test_the_core_aten_form_narrows_as_well() -> None:
+    captured, result = narrow_exported(
+        lambda x: tuple(NARROWED[name](x) for name in CORE), (X,), (X.flip(0),), ranges={"args_0": (0, 99)}, core_aten=True
+    )
     assert_all_narrow(captured, result)
 
 
@@ -355,7 +386,7 @@ def test_trap_7_options_are_data_and_unknown_ones_are_refused() -> None:
 
 
 def test_trap_9_boundaries_keep_their_dtype_in_meta_and_in_fact() -> None:
-    captured, _ = narrow(lambda x: (x, x + 0, x.argmax()), (tensor(1, 2),), ranges={"args_0": (0, 9)})
+    captured, _ = narrow_exported(lambda x: (x, x + 0, x.argmax()), (tensor(1, 2),), ranges={"args_0": (0, 9)})
     outputs = captured(tensor(1, 2))
     assert [o.dtype for o in outputs] == [torch.int64] * 3
     assert invariants.contract_of(captured.gm).outputs == ("int64[2]", "int64[2]", "int64[]")
@@ -458,14 +489,14 @@ class WithBuffer(torch.nn.Module):
 
 
 def test_a_buffer_is_narrowed_on_the_premise_of_its_values() -> None:
-    captured, result = narrow(WithBuffer(3, 7), (tensor(1, 2),))
+    captured, result = narrow_exported(WithBuffer(3, 7), (tensor(1, 2),))
     assert_all_narrow(captured, result)
     assert [(p.source, p.detail) for p in captured.context.premises] == [("positions", (3, 7))]
     assert captured.context.requirements == {"x": (-100, 99)}
 
 
 def test_a_buffer_beyond_int32_is_kept() -> None:
-    captured, result = narrow(WithBuffer(3, 2**40), (tensor(1, 2),))
+    captured, result = narrow_exported(WithBuffer(3, 2**40), (tensor(1, 2),))
     assert messages(result, "NX306") == ["`positions` holds values beyond int32: 64 bits are kept; 1 more value computed from it"] or messages(
         result, "NX306"
     ) == ["`positions` holds values beyond int32: 64 bits are kept"]
@@ -486,7 +517,7 @@ def test_weights_as_get_attr_are_sources_like_placeholders() -> None:
 
 
 def test_metadata_assertions_are_rewritten_not_dropped() -> None:
-    captured, result = narrow(lambda x: ((x + 1).to(torch.float32),), (tensor(1, 2),), ranges={"args_0": (0, 9)})
+    captured, result = narrow_exported(lambda x: ((x + 1).to(torch.float32),), (tensor(1, 2),), ranges={"args_0": (0, 9)})
     asserted = [n for n in captured.gm.graph.nodes if n.target is aten._assert_tensor_metadata.default]
     assert len(asserted) == 1
     assert torch.int32 in asserted[0].args
@@ -494,7 +525,7 @@ def test_metadata_assertions_are_rewritten_not_dropped() -> None:
 
 
 def test_one_finding_for_a_kept_value_and_everything_computed_from_it() -> None:
-    captured, result = narrow(lambda t: (((t * 2) * 3 + 1) * t,), (tensor(1, 2),))
+    captured, result = narrow_exported(lambda t: (((t * 2) * 3 + 1) * t,), (tensor(1, 2),))
     assert messages(result, "NX301") == ["`mul` may reach 4294967294: 64 bits are kept; 3 more values computed from it"]
     (finding,) = [f for f in result.findings if f.code == "NX301"]
     assert finding.fix == 'declare ranges={"args_0": (low, high)}'
@@ -529,14 +560,14 @@ def test_dynamic_shapes() -> None:
 
     seq = torch.export.Dim("seq", max=4096)
     more = (torch.randn(2, 5), torch.ones(2, 5, dtype=torch.int64))
-    captured, result = narrow(
+    captured, result = narrow_exported(
         model, (torch.randn(2, 8), ids(2, 8)), more, ranges={"args_1": (0, 1)}, dynamic_shapes=(({1: seq}, {1: seq}),)
     )
     assert_all_narrow(captured, result)
 
 
 def test_a_dynamic_dimension_without_a_maximum_is_reported() -> None:
-    _, result = narrow(lambda x: (torch.arange(x.shape[1]),), (torch.randn(2, 8),), dynamic_shapes=(({1: torch.export.Dim("seq")},),))
+    _, result = narrow_exported(lambda x: (torch.arange(x.shape[1]),), (torch.randn(2, 8),), dynamic_shapes=(({1: torch.export.Dim("seq")},),))
     assert "is taken to stay below 2^31" in messages(result, "NX303")[0]
 
 
@@ -554,7 +585,7 @@ def test_trap_29_bodies_are_narrowed_inside_and_their_operands_stay() -> None:
         return (torch.cond(flag, true_branch, false_branch, (x,)) * 1,)
 
     args = (tensor(2**40, -5, 3, 0), torch.tensor(True))
-    captured, result = narrow(model, args, (args[0], torch.tensor(False)), ranges={"args_0": (-(2**41), 2**41)})
+    captured, result = narrow_exported(model, args, (args[0], torch.tensor(False)), ranges={"args_0": (-(2**41), 2**41)})
     for scope in walk.scopes(captured.gm):
         if scope.is_body:
             (operand,) = scope.graph_module.graph.find_nodes(op="placeholder")

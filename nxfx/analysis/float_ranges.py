@@ -68,7 +68,8 @@ def _rule(*names: str) -> Callable[[FloatRule], FloatRule]:
 
 
 @_rule("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "permute", "transpose", "t", "clone", "alias", "detach", "expand",
-       "slice", "select", "index_select", "gather", "index", "repeat", "flip", "lift_fresh_copy", "amax", "amin", "_to_copy", "to", "max_pool1d",
+       "slice", "select", "index_select", "gather", "index", "repeat", "flip", "lift_fresh_copy", "amax", "amin", "_to_copy", "to",
+       "max_pool1d",
        "relu", "floor", "ceil", "trunc")  # fmt: skip
 def _kept_or_nearly(node: fx.Node, of: Ask) -> FloatInterval | None:
     if node.target is aten.view.dtype:

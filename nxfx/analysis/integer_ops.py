@@ -85,7 +85,8 @@ _add(
     IntegerRule(),
     *overloads("tril", "triu", "cat", "concat", "stack", "hstack", "vstack", "masked_fill", "masked_scatter", "copy", "fill", "pad",
                "constant_pad_nd", "slice_scatter", "select_scatter", "diagonal_scatter", "mm", "bmm", "mv", "dot",
-               "mean", "any", "all", "repeat_interleave", "isin", "type_as", "meshgrid", "diff", "matmul", "outer", "item", "_local_scalar_dense", "_assert_async", "_assert_scalar"),
+               "mean", "any", "all", "repeat_interleave", "isin", "type_as", "meshgrid", "diff", "matmul", "outer", "item",
+               "_local_scalar_dense", "_assert_async", "_assert_scalar"),
     aten.max.default, aten.min.default, aten.median.default, aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default,
     aten.sym_stride.int, aten.sym_stride.default, operator.getitem,
 )  # fmt: skip

@@ -47,10 +47,9 @@ def operand(node: fx.Node, ranges: Ranges, value: Any) -> Interval:
     """Bounds of ``value`` once converted to ``node``'s dtype: a scalar or 0-d tensor beyond it wraps to anything."""
     result = node.meta["val"]
     limits = dtype_rules.integer_bounds(result.dtype) if isinstance(result, torch.Tensor) else INT64
-    if isinstance(value, float):
-        found = (math.floor(value), math.ceil(value)) if math.isfinite(value) else None
-    else:
-        found = ranges.read(value)
+    found: Interval | None = None if isinstance(value, float) else ranges.read(value)
+    if isinstance(value, float) and math.isfinite(value):
+        found = (math.floor(value), math.ceil(value))
     return found if found is not None and fits(found, limits) else limits
 
 

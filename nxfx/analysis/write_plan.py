@@ -22,7 +22,8 @@ from nxfx.analysis.uniform import UniformValues
 from nxfx.analysis.views import Views
 from nxfx.graph import meta
 from nxfx.graph.index_masks import IndexWrite
-from nxfx.graph.regions import Region
+from nxfx.graph.regions import Region, SymbolicSlice
+from nxfx.graph.slices import Extent, is_static
 
 aten = torch.ops.aten
 
@@ -57,12 +58,21 @@ class PlannedWrite:
     inputs: Collection[fx.Node]
 
 
+@dataclass
+class Chain:
+    """Writes each of whose base is the result of the one before, at positions of ``axis`` that follow each other."""
+
+    writes: list[PlannedWrite]
+    axis: int
+
+
 class WritePlan:
     """The plan for one graph.
 
     Attributes:
         writes: what is replaced, in graph order.
         kept: writers that stay, each with the property that could not be proved.
+        chains: loops of writes that fill one axis from the front to the back.
         unused: nodes that nothing needs once the plan is carried out.
         uniform, finiteness: what is known of the graph's values.
     """
@@ -85,6 +95,7 @@ class WritePlan:
                 error.nxfx_node = node  # type: ignore[attr-defined]  # the pipeline names it, and the user's line
                 raise
         self.writes = list(reversed(self._planned.values()))
+        self.chains = _chains(self.writes)
 
     def stays(self, node: fx.Node) -> bool:
         """Whether ``node`` will still stand in the graph, and need its inputs."""
@@ -92,7 +103,11 @@ class WritePlan:
 
     def is_shared(self, node: fx.Node) -> bool:
         """Whether more than one thing needs ``node``."""
-        return self._required[node] > 1 or any(self.stays(user) for user in node.users)
+        return self.writes_on(node) > 1 or any(self.stays(user) for user in node.users)
+
+    def writes_on(self, node: fx.Node) -> int:
+        """How many planned writes rest on ``node``."""
+        return self._required[node]
 
     def _plan(self, scatter: fx.Node) -> None:
         write = self._read(scatter)
@@ -151,6 +166,41 @@ class WritePlan:
             if not any(self.stays(user) for user in node.users):
                 self.unused.add(node)
                 stack += node.all_input_nodes
+
+
+# A shorter loop gains nothing over selects.
+_SHORTEST_CHAIN = 4
+
+
+def _chains(writes: list[PlannedWrite]) -> list[Chain]:
+    """Chains in which each write lies behind the one before along an axis that all share."""
+    open_chains: dict[fx.Node, tuple[list[PlannedWrite], dict[int, int]]] = {}
+    found: dict[int, Chain] = {}
+    for planned in writes:
+        extents = _row_extents(planned.write)
+        if not extents:
+            continue
+        chain, reached = open_chains.pop(planned.write.base, ([], dict.fromkeys(extents, 0)))
+        behind = {
+            axis: extents[axis] for axis, stop in reached.items() if axis in extents and extents[axis].start >= stop
+        }
+        if not behind:
+            chain, behind = [], extents
+        chain.append(planned)
+        open_chains[planned.node] = chain, {axis: extent.stop for axis, extent in behind.items()}
+        if len(chain) >= _SHORTEST_CHAIN:
+            found[id(chain[0])] = Chain(chain, min(behind))
+    return list(found.values())
+
+
+def _row_extents(write: SliceWrite | IndexWrite) -> dict[int, Extent]:
+    """The axes along which ``write`` puts a tensor at known adjacent positions; none for a write that cannot be part of a chain."""
+    if not isinstance(write, SliceWrite) or len(write.regions) != 1 or write.value.node is None or write.value.placed:
+        return {}
+    base, axes = meta.val(write.base), write.regions[0].axes
+    if any(isinstance(a, SymbolicSlice) for a in axes) or not is_static(*base.shape) or not base.is_contiguous():
+        return {}
+    return {axis: a for axis, a in enumerate(axes) if isinstance(a, Extent) and a.step == 1 and a.count}
 
 
 def _bits(number: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 
 import torch
 
@@ -41,8 +42,10 @@ def translate(error: BaseException, *, model_name: str = "", model: torch.nn.Mod
     if refused is not None:
         return refused
     site = next((s for _, s in sites if s is not None), None)
-    for cause, own_site in sites:
-        found = _diagnose(cause, own_site or site)
+    borrowed = replace(site, raised_there=False) if site is not None else None
+    # A model may wrap what it cannot handle in an error of its own: what reads a value is still the reason.
+    for cause, own_site in sorted(sites, key=lambda pair: _DATA.search(_text(pair[0])) is None):
+        found = _diagnose(cause, own_site or borrowed)
         if found is not None:
             return _capture_error(error, found, own_site or site or _declared(found, model), model_name)
     return _capture_error(error, _unknown(error), site, model_name)
@@ -62,7 +65,8 @@ def lost_tensor(program: torch.export.ExportedProgram, *, model_name: str = "") 
         if spec.target is not None and isinstance(program.constants.get(spec.target), FakeTensor):
             location = locate(placeholders[spec.arg.name])
             found = Diagnosis(LOST_TENSOR.construct, Advice(LOST_TENSOR.code, LOST_TENSOR.becomes, LOST_TENSOR.fix))
-            return _capture_error(None, found, Site(location, location, Construct()), model_name)
+            site = Site(location, location, Construct()) if location.file else None
+            return _capture_error(None, found, site, model_name)
     return None
 
 

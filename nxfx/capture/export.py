@@ -191,8 +191,8 @@ class _WithoutTorchsGraphs:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        from_export = sys._getframe(1).f_code.co_filename == torch.export._trace.__file__
-        return len(text) if from_export else self._stream.write(text)
+        from_export = sys._getframe(1).f_code.co_filename == torch.export.__file__.replace("__init__", "_trace")
+        return len(text) if from_export else int(self._stream.write(text))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -217,7 +217,7 @@ def _refuse_shared_memory(error: Exception, model: torch.nn.Module, flat: Flat, 
 
 @contextlib.contextmanager
 def _quiet(training: bool) -> Iterator[None]:
-    muted = contextlib.redirect_stderr(_WithoutTorchsGraphs(sys.stderr))  # type: ignore[type-var]
+    muted = contextlib.redirect_stderr(_WithoutTorchsGraphs(sys.stderr))
     with muted, whole_traces(), warnings.catch_warnings(), contextlib.nullcontext() if training else torch.no_grad():
         warnings.simplefilter("ignore")
         yield
@@ -252,7 +252,8 @@ def _refusal(error: Exception | None, session: Session, model: torch.nn.Module) 
 def _normal_form(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     # Under autocast the captured ops stand as the model wrote them: only a retrace puts the casts into the graph.
     if autocast_state() is not None or normalise.needs_functionalisation(program.graph_module):
-        return program.run_decompositions({})
+        retraced: torch.export.ExportedProgram = program.run_decompositions({})
+        return retraced
     normalise.normalise(program.graph_module)
     return program
 

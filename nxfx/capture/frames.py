@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator
-from typing import Any
 
 from torch.fx.proxy import TracerBase
 
@@ -22,13 +21,13 @@ def whole_traces() -> Iterator[None]:
     """While the block runs, nodes traced under nxfx's shell remember all frames of the model's code; other traces are as ever."""
     original = TracerBase._filter_traceback_frames
 
-    def keep(tracer: TracerBase, stack: traceback.StackSummary) -> Any:
+    def keep(tracer: TracerBase, stack: traceback.StackSummary) -> traceback.StackSummary:
         inside = [i for i, frame in enumerate(stack) if frame.filename == shell.__file__]
         if not inside:
             return original(tracer, stack)
         return traceback.StackSummary.from_list([f for f in stack[inside[-1] + 1 :] if frame_rank(f.filename)])
 
-    TracerBase._filter_traceback_frames = keep  # type: ignore[method-assign]
+    TracerBase._filter_traceback_frames = keep  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -60,7 +60,7 @@ class StateGuard:
 
     def holds(self) -> bool:
         now = self.holder.now()
-        return (flatten(now[self.key]).spec if self.key in now else MISSING) == self.before
+        return bool((flatten(now[self.key]).spec if self.key in now else MISSING) == self.before)
 
 
 MISSING = "<missing>"
@@ -125,7 +125,7 @@ class Shell(torch.nn.Module):
         own["forward"] = types.MethodType(namespace["forward"], self)
 
     def _run(self, leaves: Sequence[torch.Tensor]) -> list[Any]:
-        model, convention, state, around = self._nxfx
+        model, convention, state, around = self.__dict__["_nxfx"]
         args, kwargs = arguments = unflatten(convention.input_spec, leaves)
         before = flatten(arguments, share=True)
         with self._lend_plain_tensors(state) as (lent, places), around():
@@ -263,10 +263,10 @@ def bind(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         raise TypeError(f"{type(model).__name__}.forward() {error}") from None
     variadic = any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values())
     for name, parameter in signature.parameters.items():
-        if name in bound.arguments and bound.arguments[name] is parameter.default:
-            if parameter.kind is not parameter.POSITIONAL_ONLY and not variadic:
-                del bound.arguments[name]
-    names = []
+        droppable = parameter.kind is not parameter.POSITIONAL_ONLY and not variadic
+        if droppable and name in bound.arguments and bound.arguments[name] is parameter.default:
+            del bound.arguments[name]
+    names: list[str] = []
     args = bound.args
     for name, parameter in signature.parameters.items():
         if len(names) == len(args):

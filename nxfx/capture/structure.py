@@ -174,7 +174,7 @@ def open_container(value: Any) -> tuple[str, tuple[Any, ...], tuple[Any, ...], A
     attributes = _attributes(value)
     if attributes is None:
         return None
-    own_equality = cls.__eq__ is not object.__eq__ and not _is_dataclass(cls)
+    own_equality = "__eq__" in {k for base in cls.__mro__[:-1] for k in vars(base)} and not _is_dataclass(cls)
     if own_equality and not any(holds_tensors(v) for v in attributes.values()):
         return None  # a value
     return "object", tuple(attributes), tuple(attributes.values()), None
@@ -305,7 +305,8 @@ class _Builder:
 
     def _mutable(self, spec: Container, path: Path) -> Any:
         # Registered before its children are built: they may refer back to it.
-        instance = self.made[path] = object.__new__(spec.type) if spec.kind == "object" else spec.type.__new__(spec.type)
+        make: Any = object.__new__ if spec.kind == "object" else spec.type.__new__
+        instance = self.made[path] = make(spec.type)
         if spec.context.value is not None:
             instance = self.made[path] = spec.type(maxlen=spec.context.value)
         for key, child in zip(spec.keys, spec.children, strict=True):
@@ -354,6 +355,8 @@ def update(current: Any, spec: Any, leaves: Sequence[Any], resolve: Callable[[Pa
     if opened is None or not isinstance(spec, Container) or type(current) is not spec.type or spec.kind == "pytree":
         return unflatten(spec, leaves, resolve)
     kind, keys, children, _ = opened
+    cls: Any = type(current)
+    container: Any = current
     old = dict(zip(keys, children, strict=True))
     new = {
         k: update(old[k], c, leaves, resolve) if k in old else unflatten(c, leaves, resolve)
@@ -362,13 +365,13 @@ def update(current: Any, spec: Any, leaves: Sequence[Any], resolve: Callable[[Pa
     if kind in ("tuple", "namedtuple"):
         if len(new) == len(old) and all(new[k] is old[k] for k in old):
             return current
-        return type(current)(*new.values()) if kind == "namedtuple" else tuple.__new__(type(current), new.values())
+        return cls(*new.values()) if kind == "namedtuple" else tuple.__new__(cls, new.values())
     if kind == "list":
-        current.clear()
-        current.extend(new.values())
+        container.clear()
+        container.extend(new.values())
     elif kind in ("dict", "dictlike"):
-        current.clear()
-        current.update(new)
+        container.clear()
+        container.update(new)
     else:
         for key in old:
             if key not in new:

@@ -112,8 +112,9 @@ def _value_of(program: torch.export.ExportedProgram, shell: Shell | StrictShell,
     except AttributeError:
         module = None
     for registry in (module._parameters, module._buffers) if module is not None else ():
-        if registry.get(leaf) is not None:
-            return registry[leaf]
+        registered = registry.get(leaf)
+        if registered is not None:
+            return registered
     value = program.constants.get(target)
     assert isinstance(value, torch.Tensor), f"no value for {target}"
     return value

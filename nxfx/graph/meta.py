@@ -78,13 +78,15 @@ def retype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``value`` with another dtype: same size, strides and device. An order of magnitude cheaper than running a cast."""
     if not isinstance(value, FakeTensor):
         return value.to(dtype)
-    meta = torch.empty_strided(value.size(), value.stride(), dtype=dtype, device="meta")
+    with torch._C._DisableTorchDispatch():  # inside AOTAutograd a fake mode is active, and would make a fake of its own
+        meta = torch.empty_strided(value.size(), value.stride(), dtype=dtype, device="meta")
     return FakeTensor(value.fake_mode, meta, value.device)
 
 
 def contiguous(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A new contiguous fake value of a static ``shape``, of the mode and on the device of ``like``."""
-    made = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    with torch._C._DisableTorchDispatch():
+        made = torch.empty(tuple(shape), dtype=dtype, device="meta")
     return FakeTensor(like.fake_mode, made, like.device) if isinstance(like, FakeTensor) else torch.empty_like(made, device=like.device)
 
 

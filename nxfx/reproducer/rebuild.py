@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sympy.printing.str import StrPrinter  # type: ignore[import-untyped]
+from sympy.printing.str import StrPrinter
 from torch import fx
 
 from nxfx.analysis.provenance import Role
