@@ -36,8 +36,8 @@ def compile(
         return prepared
     capturer = prepared.__dict__["_capturer"]
 
-    def capture_and_compile(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
-        call: CapturedCall = capturer(args, kwargs)
+    def capture_and_compile(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
+        call: CapturedCall = capturer(model, args, kwargs)
         call.compiled = _compiled(call, backend)
         return call
 

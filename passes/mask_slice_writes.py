@@ -19,7 +19,7 @@ from nxfx.graph.index_masks import IndexMasks, IndexWrite
 from nxfx.graph.masks import MaskBuilder, has_shape
 from nxfx.graph.regions import Region, SymbolicSlice
 from nxfx.graph.rows import GrowingTensor
-from nxfx.graph.slices import Extent, is_known
+from nxfx.graph.slices import Extent, is_known, is_static
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report.findings import Finding, Severity
 from nxfx.report.rewrites import Kind
@@ -78,10 +78,12 @@ class MaskSliceWrites(Pass):
     - A zero fill of a base that is proved finite and non-negative multiplies by the negated mask instead (an
       attention mask of ones); anywhere else ``inf * 0`` and ``nan * 0`` would be nan and ``-1 * 0`` would be
       ``-0.0``.
-    - A tensor value is padded to the base's shape: no gather. Into a constant base (the backward of a slice) the pad
-      is all.
+    - A tensor value is padded to the base's shape; a step that divides its axis becomes an axis. No gather. Into a
+      constant base (the backward of a slice) the pad is all.
     - Writes through nested views are one mask; writes of one number into one base are one mask too. A write of
       everything is its value, a write of nothing is its base.
+    - A loop that fills an axis from front to back is a concatenation of its rows: a select of everything at each step
+      would cost the whole tensor each time.
     - A write through integer indices becomes ``positions == index`` when each element has one writer or all its
       writers write the same value: a KV cache at a tensor position, ``arange`` indices, indices of top-k. What cannot
       be proved stays (NX202).
@@ -169,22 +171,40 @@ class _Rewriter:
         if value.number is not None:
             return self._filled(base, regions, value.number, planned)
         assert value.node is not None
-        rank, region = meta.val(base).dim(), regions[0]
-        node = self._cast(self._now(value.node), base, value.casts)
-        dims: list[int | None] = (
-            list(range(rank)) if value.placed else list(region.dims[len(region.dims) - meta.val(node).dim() :])
-        )
+        node, region = self._cast(self._now(value.node), base, value.casts), regions[0]
+        if value.placed:
+            return self._selected(node, base, region, planned)
         constant = None if region.is_whole else self.plan.uniform.value(base)
-        axes = {a: shown for a, shown in enumerate(region.axes) if not value.placed and not _is_select(shown)}
-        if constant is not None and not value.placed and _holds(node, dims, region):
+        base, region = self._unfolded(base, region)
+        rank, dims = meta.val(base).dim(), region.dims[len(region.dims) - meta.val(node).dim() :]
+        axes = {axis: shown for axis, shown in enumerate(region.axes) if not _is_select(shown)}
+        if constant is not None and _holds(node, dims, region):
             node = self.masks.align(node, dims, rank, full=True)
             node = self.masks.place(node, base, axes, rank=rank, filler=constant.item(), single=True)
-            return _Made(node, "pad", "pad: its base is one constant")
-        node = self.masks.place(self.masks.align(node, dims, rank), base, axes, rank=rank)
+            made = _Made(node, "pad", "pad: its base is one constant")
+        else:
+            node = self.masks.place(self.masks.align(node, dims, rank), base, axes, rank=rank)
+            made = self._selected(node, base, region, planned)
+        if made.node is not None and meta.val(made.node).dim() != meta.val(planned.node).dim():
+            made.node = self.masks.viewed(made.node, list(meta.val(planned.node).shape))
+        return made
+
+    def _selected(self, node: fx.Node, base: fx.Node, region: Region, planned: PlannedWrite) -> _Made:
+        """``node``, whose elements stand in their places, where ``region`` is, else ``base``."""
         mask = self.masks.region_mask(base, region)
         if mask is None:
             return self._everything(node, base, planned)
         return _Made(self.masks.select(mask, node, base), "slice")
+
+    def _unfolded(self, base: fx.Node, region: Region) -> tuple[fx.Node, Region]:
+        """``base`` and ``region`` with every step that divides its axis as an axis of its own: nothing to pad in between."""
+        value = meta.val(base)
+        if is_static(*value.shape) and value.is_contiguous():
+            for axis in reversed(range(value.dim())):
+                shown = region.axes[axis]
+                if isinstance(shown, Extent) and shown.step > 1 and shown.count * shown.step == shown.size:
+                    region = region.unfolded(axis)
+        return (base if len(region.shape) == value.dim() else self.masks.viewed(base, list(region.shape))), region
 
     def _row(self, write: SliceWrite, planned: PlannedWrite) -> _Made:
         """One write of a loop: a piece of the concatenation that its readers and the result are made from."""
@@ -241,7 +261,9 @@ class _Rewriter:
             value = self.build.call(aten.add.Tensor, base, value)
         if mask is None:
             return self._everything(value, base, planned)
-        return _Made(self.masks.select(mask, value, base), f"index-{write.kind}")
+        cost = f", {current.comparisons} comparisons of positions" if current.comparisons else ""
+        taken = ", the value gathered" if current.taken is not None else ""
+        return _Made(self.masks.select(mask, value, base), f"index-{write.kind}", f"where{taken}{cost}")
 
     def _current(self, write: IndexWrite, base: fx.Node, value: fx.Node | None) -> IndexWrite:
         """``write`` in terms of the nodes that the graph holds by now."""
@@ -326,7 +348,7 @@ class _Rewriter:
                 self.graph.erase_node(node)
 
 
-def _holds(node: fx.Node, dims: list[int | None], region: Region) -> bool:
+def _holds(node: fx.Node, dims: tuple[int | None, ...], region: Region) -> bool:
     """Whether ``node`` holds every element of ``region``, none by broadcasting, at positions that are known now."""
     sizes = {axis: size for axis, size in zip(dims, meta.val(node).shape, strict=True) if axis is not None}
     return all(

@@ -229,6 +229,66 @@ def test_an_if_that_raises_after_doing_something_is_a_branch() -> None:
     assert [s.kind for s in session.sites] == ["if"] and not session.assertions
 
 
+def test_a_truth_that_goes_through_something_else_is_a_branch(tmp_path: Path) -> None:
+    """Otherwise one side of it would be taken for good, under the name of a check."""
+    file = tmp_path / "inner.py"
+    file.write_text(
+        """
+def inner(x, n):
+    assert (x if n > 1 else -x).shape[0] == 4
+    assert sorted([n, n + 1])[0].ndim == 0
+    if len([v for v in (1, 2) if n > v]) > 7:
+        raise ValueError
+    assert str(bool(n > 2))
+    assert n not in [n + 1]
+    assert bool(n > 1) and all([n > 0, n > 1]) and not any([n > 4])
+    return x
+"""
+    )
+    _, session = traced(runpy.run_path(str(file))["inner"], X, N, decisions=[True, True, True, True, True, False])
+    assert [s.location.source[:19] for s in session.sites] == [
+        "assert (x if n > 1 ",
+        "assert sorted([n, n",
+        "if len([v for v in ",
+        "if len([v for v in ",
+        "assert str(bool(n >",
+        "assert n not in [n ",
+    ]
+    assert [s.answer for s in session.assertions] == [True, True, True, False]
+
+
+def test_a_check_that_the_model_catches_is_a_branch(tmp_path: Path) -> None:
+    file = tmp_path / "caught.py"
+    file.write_text(
+        """
+import contextlib
+import torch
+
+def validate(n):
+    if n > 3:
+        raise ValueError("large")
+
+def caught(x, n):
+    try:
+        validate(n)
+        torch._assert(n > 0, "small")
+        x = x + 1
+    except ValueError:
+        x = x - 1
+    with contextlib.suppress(AssertionError):
+        assert n < 9
+    try:
+        assert n > 1
+    finally:
+        x = x * 2
+    return x
+"""
+    )
+    _, session = traced(runpy.run_path(str(file))["caught"], X, N, decisions=[False])
+    assert [s.location.source for s in session.sites] == ["if n > 3:", 'torch._assert(n > 0, "small")', "assert n < 9"]
+    assert [s.location.source for s in session.assertions] == ["assert n > 1"]
+
+
 # --- loops -----------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim
 
+import nxfx
 from nxfx.capture.errors import lost_tensor, translate
 from nxfx.errors import CaptureError
 from nxfx.report import syntax
@@ -425,6 +426,8 @@ def test_a_lost_tensor_is_refused_before_it_ends_the_process() -> None:
     assert problem is not None
     check(problem, "a tensor that tracing cannot follow", "NX409", None)
     assert lost_tensor(torch.export.export(Model(lambda x: x + torch.ones(3)), (X,), strict=False)) is None
+    with pytest.raises(CaptureError, match="a tensor that tracing cannot follow"):
+        nxfx.prepare(Model(data_attribute), (X,))
 
 
 # --- the model's own errors ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import io
 import operator
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -541,15 +540,8 @@ def test_findings_survive_the_report_and_json(all_constructs: list[Finding]) -> 
     assert f"{__file__}:{line_of(mask_read, '# here')}" in str(report)
 
 
-def test_cost_is_linear_and_small() -> None:
-    """A clean graph costs a scan; a chain of numbers one pass from its end, however many reads feed it (trap 34)."""
-    graph = fx.Graph()
-    node = source = graph.placeholder("x")
-    for _ in range(2000):
-        node = graph.call_function(torch.ops.aten.add.Tensor, (node, 1))
-    graph.output((node,))
-    assert _seconds(lambda: PASS.wanted(graph)) / 2000 < 10e-6
-
+def test_a_chain_of_numbers_is_told_once_per_read() -> None:
+    """However many reads feed one chain, each is one finding (its cost is measured by tests/bench)."""
     read = fx.Graph()
     source = read.placeholder("x")
     numbers = [read.call_function(torch.ops.aten.item.default, (source,)) for _ in range(1000)]
@@ -560,14 +552,7 @@ def test_cost_is_linear_and_small() -> None:
     for node in read.nodes:
         node.meta["val"] = 1
     gm = fx.GraphModule(torch.nn.Module(), read)
-    assert _seconds(lambda: PASS.run(gm, PassContext())) / 2000 < 100e-6
     assert codes(PASS.run(gm, PassContext()).findings) == ["NX402"] * 1000
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def test_the_pass_stands_in_the_default_pipeline_and_last_sees_the_graph() -> None:

@@ -165,9 +165,8 @@ def test_a_cache_update_is_a_comparison_with_the_position() -> None:
 %ge_scalar : bool[8, 1] = aten.ge.Scalar(sub_tensor, 0)
 %lt_scalar : bool[8, 1] = aten.lt.Scalar(sub_tensor, 2)
 %bitwise_and_tensor : bool[8, 1] = aten.bitwise_and.Tensor(ge_scalar, lt_scalar)
-%view_default_1 : float32[2, 2, 4] = aten.view.default(args_1, [2, 2, 4])
-%view_default_2 : int64[8] = aten.view.default(clamp_default, [8])
-%index_select_default : float32[2, 8, 4] = aten.index_select.default(view_default_1, 1, view_default_2)
+%view_default_1 : int64[8] = aten.view.default(clamp_default, [8])
+%index_select_default : float32[1, 2, 8, 4] = aten.index_select.default(args_1, 2, view_default_1)
 %where_self : float32[1, 2, 8, 4] = aten.where.self(bitwise_and_tensor, index_select_default, clone)
 return (where_self,)""",
     )
@@ -463,6 +462,39 @@ def test_a_loop_of_writes_stays_linear() -> None:
         counts.append(len(gm.graph.nodes))
         assert counts[-1] < 1.2 * before
     assert counts[1] / counts[0] < 2.2
+
+
+def test_loops_of_writes_are_concatenations() -> None:
+    """Row writes with reads of what is written, of what is not yet, of both, of other axes: no difference from eager."""
+    seen: Counter[str] = Counter()
+    for number in range(25):
+        rng = random.Random(number)
+        shape, program = view_programs.loop_of_writes(rng)
+        _, result, _ = masked(
+            program, *(torch.randn(shape) for _ in range(2)), more=[(nasty(*shape), nasty(*shape).neg())]
+        )
+        seen.update(rules(result))
+    assert seen["row"] > 80
+
+
+def test_steps_of_a_recurrence_are_stacked() -> None:
+    def recurrence(x: Tensor) -> Tensor:
+        states, state = torch.zeros_like(x), x[:, 0]
+        for step in range(x.shape[1]):
+            state = state * 0.5 + x[:, step]
+            states[:, step] = state
+        return states
+
+    gm, result, _ = masked(recurrence, torch.randn(2, 6, 3), more=[(nasty(2, 6, 3),)])
+    assert rules(result) == ["row"] * 6
+    ops = Counter(n.target for n in gm.graph.nodes)
+    assert ops[aten.cat.default] == 1 and not ops[aten.where.self]
+
+
+def test_a_step_that_divides_its_axis_is_an_axis() -> None:
+    gm, _, _ = masked(eager_writes("x[:, ::2] = v[:, 3:]\nx[1:, 1::3] = v[1:, :2]"), nasty(4, 6), torch.randn(4, 6))
+    ops = Counter(n.target for n in gm.graph.nodes)
+    assert ops[aten.where.self] == 2 and not ops[aten.remainder.Scalar]
 
 
 def test_a_constant_base_needs_no_select() -> None:

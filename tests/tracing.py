@@ -18,7 +18,7 @@ def trace(model: Any, args: Sequence[torch.Tensor], *, ranges: dict[str, tuple[i
 
     Composite ops are taken apart, there are no stack traces, and lifted constants are ``get_attr`` nodes.
     """
-    gm = make_fx(lambda *inputs: model(*inputs), tracing_mode="fake")(*args)
+    gm = make_fx(lambda *inputs: model(*inputs), tracing_mode="fake", _allow_non_fake_inputs=True)(*args)
     sources: dict[str, Source] = {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         name = f"args_{position}"

@@ -223,3 +223,47 @@ def functional_graph(function: Any, args: tuple[Tensor, ...]) -> tuple[fx.GraphM
     for node in gm.graph.find_nodes(op="get_attr"):
         sources[node.name] = Source(str(node.target), Role.CONSTANT, getattr(gm, str(node.target)))
     return gm, PassContext(sources=sources)
+
+
+def loop_of_writes(rng: random.Random) -> tuple[list[int], Any]:
+    """A shape, and a function of two tensors of it: writes along one axis from front to back, with reads in between."""
+    rank = rng.choice([1, 2, 3])
+    shape = [rng.choice([6, 7, 8]) for _ in range(rank)]
+    axis, base = rng.randrange(rank), rng.choice(["input", "zeros", "transposed"])
+    steps, position = [], 0
+    while position < shape[axis]:
+        width = min(rng.choice([1, 1, 2]), shape[axis] - position)
+        partial = (
+            (rng.randrange(rank), rng.choice([slice(0, 3), slice(2, 5), slice(1, None, 2)]))
+            if rng.random() < 0.4
+            else None
+        )
+        reads = [slice(0, position), slice(position, None), slice(-2, None), slice(1, 5), slice(0, position, 2), None]
+        steps.append((position, width, partial, rng.choice(reads), rng.choice(["plain", "sum", "dependent", "select"])))
+        position += width + (rng.random() < 0.2)
+
+    def at(where: Any, partial: Any) -> tuple[Any, ...]:
+        index: list[Any] = [slice(None)] * rank
+        if partial is not None and partial[0] != axis:
+            index[partial[0]] = partial[1]
+        index[axis] = where
+        return tuple(index)
+
+    def program(x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        written = x.clone() if base == "input" else torch.zeros(shape)
+        if base == "transposed":
+            written = x.transpose(0, -1).clone(memory_format=torch.contiguous_format).transpose(0, -1)
+        reads = []
+        for position, width, partial, read, value in steps:
+            selects = value == "select" and width == 1
+            where = at(position if selects else slice(position, position + width), partial)
+            source = v[where] * 2
+            if value == "sum":
+                source = source.sum()
+            if value == "dependent" and position:
+                source = source + written[at(slice(0, 1), partial)]
+            written[where] = source
+            reads.append(written + 1 if read is None else written[at(read, None)].flatten() * 3)
+        return written, *reads
+
+    return shape, program

@@ -13,10 +13,6 @@ on shapes are left to torch.
 
 from __future__ import annotations
 
-import ast
-import functools
-import itertools
-import linecache
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -27,7 +23,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from nxfx.capture import symbols, trace
+from nxfx.capture import statements, symbols, trace
 from nxfx.capture.session import Session, Site, rank_of
 from nxfx.errors import CaptureError
 from nxfx.report.findings import Finding, Severity, merge
@@ -54,9 +50,9 @@ def _decide(session: Session, kind: str, condition: torch.Tensor | None) -> bool
     """Record a branch on ``condition`` (one element) and answer it."""
     frames = session.frames()
     innermost = frames[0] if frames else None
-    statement, natural = ("bool", None) if innermost is None else _statement(innermost)
+    statement, natural = ("bool", None) if innermost is None else statements.asking(innermost)
     site = session.site(statement if kind == "bool" else kind, _own(condition))
-    if natural is not None:
+    if natural is not None and not statements.may_be_caught(frames):
         site.kind = "assert"
         return _take_to_hold(session, site, natural)
     number = len(session.sites)
@@ -103,71 +99,6 @@ def _cap(session: Session, site: Site, frame: FrameType) -> None:
         site.exhausted, site.answer = True, not site.answer
 
 
-@functools.lru_cache(maxsize=256)
-def _tests(file: str) -> list[tuple[str, ast.expr, bool | None]]:
-    """``(kind, test, answer that lets the program go on)`` of every statement in ``file`` that tests something."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except (SyntaxError, ValueError):
-        return []
-    tests: list[tuple[str, ast.expr, bool | None]] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assert):
-            tests.append(("assert", node.test, True))
-        elif isinstance(node, ast.If):
-            guard = not node.orelse and isinstance(node.body[-1], ast.Raise) and not _acts(node.body[:-1])
-            tests.append(("if", node.test, False if guard else None))
-        elif isinstance(node, (ast.While, ast.IfExp)):
-            tests.append(("while" if isinstance(node, ast.While) else "if", node.test, None))
-        elif isinstance(node, ast.comprehension):
-            tests.extend(("if", test, None) for test in node.ifs)
-    return tests
-
-
-def _acts(body: list[ast.stmt]) -> bool:
-    """Whether anything before the ``raise`` matters when it is skipped: only messages are prepared there."""
-    return any(not isinstance(s, (ast.Assign, ast.Expr, ast.AnnAssign)) for s in body)
-
-
-def _statement(frame: FrameType) -> tuple[str, bool | None]:
-    """The statement that asks, and for a check the answer that lets the program go on."""
-    line, column = _position(frame)
-    inside = [t for t in _tests(frame.f_code.co_filename) if _covers(t[1], line, column)]
-    if not inside:
-        return "bool", None
-    kind, test, wanted = min(inside, key=lambda t: (t[1].end_lineno or 0) - t[1].lineno)
-    if wanted is not None:
-        node: ast.expr = test
-        while isinstance(node, (ast.BoolOp, ast.UnaryOp)):
-            if isinstance(node, ast.UnaryOp):
-                if not isinstance(node.op, ast.Not):
-                    break
-                node, wanted = node.operand, not wanted
-            else:
-                node = next((v for v in node.values if _covers(v, line, column)), node.values[0])
-    return kind, wanted
-
-
-def _position(frame: FrameType) -> tuple[int, int | None]:
-    positions = getattr(frame.f_code, "co_positions", None)  # Python 3.11
-    if positions is not None:
-        # The jump that asks may carry the whole statement's position; what stands before it computed the operand.
-        before = max(frame.f_lasti // 2 - 1, 0)
-        line, _, column, _ = next(itertools.islice(positions(), before, None))
-        if line is not None:
-            return line, column
-    return frame.f_lineno, None
-
-
-def _covers(node: ast.expr, line: int, column: int | None) -> bool:
-    end = node.end_lineno or node.lineno
-    if not node.lineno <= line <= end:
-        return False
-    if column is None:
-        return True
-    return (node.lineno, node.col_offset) <= (line, column) <= (end, node.end_col_offset or 0)
-
-
 # --- handlers --------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +135,10 @@ def _on_assert(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
     condition = args[0] if args else kwargs["condition"]
     if not trace.is_unknown(condition) or condition.numel() != 1:
         return function(*args, **kwargs)
-    _take_to_hold(session, session.site("assert", _own(condition)), True)
+    if not statements.may_be_caught(session.frames()):
+        _take_to_hold(session, session.site("assert", _own(condition)), True)
+    elif not _decide(session, "assert", condition):
+        raise AssertionError(args[1] if len(args) > 1 else kwargs.get("message", ""))
     return None
 
 
@@ -331,32 +265,31 @@ def invented_guards(program: torch.export.ExportedProgram) -> list[str]:
     """Conditions on data-dependent numbers that ``torch.export`` added and the model neither states nor implies.
 
     Every operator implies that sizes are not negative and that slices fit, a view that sizes divide, a split that they
-    add up; those are not listed, and neither is what the model stated with ``torch._check`` under interception, or on a
-    line that says ``_check``. What is listed makes the graph refuse inputs that eager takes, such as ``u6 >= 3`` for
-    ``y[:n] -= 5``.
+    add up; those are not listed, and neither is what the model stated with ``torch._check`` under interception (the nodes
+    themselves do not tell: their stack traces name the ``.item()``). What is listed makes the graph refuse inputs that
+    eager takes, such as ``u6 >= 3`` for ``y[:n] -= 5``.
     """
     listed: dict[str, None] = {}
-    for symbol, expression, stack_trace in _guards(program):
+    for symbol, expression in _guards(program):
         stated = _STATED.get(symbol.node.shape_env, ())
-        if _canonical(expression) not in stated and not _is_implied(expression) and "_check" not in stack_trace:
+        if _canonical(expression) not in stated and not _is_implied(expression):
             listed[str(expression)] = None
     return list(listed)
 
 
-def _guards(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, Any, str]]:
+def _guards(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, Any]]:
     aten = torch.ops.aten
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             if node.op != "call_function" or not node.args:
                 continue
             value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else node.args[0]
-            stack_trace = node.meta.get("stack_trace") or ""
             if node.target is aten._assert_scalar.default and isinstance(value, torch.SymBool):
-                yield value, value.node._expr, stack_trace
+                yield value, value.node._expr
             elif node.target in (aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default):
                 low = node.kwargs.get("min")
                 if isinstance(value, torch.SymInt) and low is not None and low > 0:
-                    yield value, value.node._expr >= low, stack_trace
+                    yield value, value.node._expr >= low
 
 
 def _canonical(expression: Any) -> str:

@@ -377,13 +377,9 @@ def _settle_strides(gm: fx.GraphModule) -> None:
     A ``view`` that the new strides do not allow gets a contiguous copy, as ``reshape`` would have traced it.
     """
     build = NodeBuilder(gm.graph, "dynamo")
-    moved: set[fx.Node] = set()
-    for node in gm.graph.find_nodes(op="call_function", target=aten._to_copy.default):
-        value = meta.val(node)
-        if "nxfx" in node.meta and isinstance(value, torch.Tensor) and not value.is_contiguous():
-            moved.add(node)
+    moved = {n for n in gm.graph.find_nodes(op="call_function", target=aten._to_copy.default) if "nxfx" in n.meta and _packs(n)}
     for node in list(gm.graph.nodes) if moved else ():
-        if node not in moved and moved.isdisjoint(node.all_input_nodes):
+        if moved.isdisjoint(node.all_input_nodes):
             continue
         if node.op != "call_function" or not meta.is_tensor(node) or node.meta.get("unbacked_bindings"):
             continue
@@ -398,10 +394,13 @@ def _settle_strides(gm: fx.GraphModule) -> None:
                 packed = build.call(aten.clone.default, source, memory_format=torch.contiguous_format)
             node.replace_input_with(source, packed)
             refresh(node, build.mode)
-        if meta.val(node).stride() == before:
-            moved.discard(node)
-        else:
+        if meta.val(node).stride() != before:
             moved.add(node)
+
+
+def _packs(cast: fx.Node) -> bool:
+    source = cast.args[0]
+    return isinstance(source, fx.Node) and meta.is_tensor(source) and meta.val(source).stride() != meta.val(cast).stride()
 
 
 def _hoist(gm: fx.GraphModule, sources: Mapping[str, Source], requirements: Mapping[str, tuple[int, int]]) -> Boundary:

@@ -37,7 +37,7 @@ def translate(error: BaseException, *, model_name: str = "", model: torch.nn.Mod
         means and what to write instead, in at most six lines; its report holds one finding. A ``CaptureError``, or one
         that torch wrapped, is returned as it is.
     """
-    sites = [(cause, site_of(cause)) for cause in causes(error)]
+    sites = [(cause, site_of(cause, is_cause=cause is not error)) for cause in causes(error)]
     refused = next((cause for cause, _ in sites if isinstance(cause, CaptureError)), None)
     if refused is not None:
         return refused

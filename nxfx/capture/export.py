@@ -132,9 +132,11 @@ def capture(
     try:
         with _quiet(training):
             program = _normal_form(program)
+    except CaptureError:
+        raise
     except Exception as error:
         _refuse_shared_memory(error, model, flat, convention.input_names)
-        raise errors.translate(error, model_name=type(model).__name__) from error
+        raise errors.translate(error, model_name=type(model).__name__, model=model) from error
     invented = branches.invented_guards(program)
     if invented:
         raise CaptureError(
@@ -245,11 +247,14 @@ def _refusal(error: Exception | None, session: Session, model: torch.nn.Module) 
     name = type(model).__name__
     if not session.sites:
         assert error is not None
-        return error if isinstance(error, CaptureError) else errors.translate(error, model_name=name)
+        return error if isinstance(error, CaptureError) else errors.translate(error, model_name=name, model=model)
     return branches.refusal(session, name)
 
 
 def _normal_form(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    lost = errors.lost_tensor(program)
+    if lost is not None:
+        raise lost
     # Under autocast the captured ops stand as the model wrote them: only a retrace puts the casts into the graph.
     if autocast_state() is not None or normalise.needs_functionalisation(program.graph_module):
         retraced: torch.export.ExportedProgram = program.run_decompositions({})

@@ -211,11 +211,11 @@ def _fitted(session: Session, view: torch.Tensor, axes: Sequence[Axis], value: t
             continue
         if dim not in by_dim:
             raise _mismatch(session, view, given)
-        value = _placed(session, by_dim[dim], value, have)
+        value = placed(session, by_dim[dim], value, have)
     return value
 
 
-def _placed(session: Session, axis: Axis, value: torch.Tensor, count: Any) -> torch.Tensor:
+def placed(session: Session, axis: Axis, value: torch.Tensor, count: Any) -> torch.Tensor:
     """``value`` moved along ``axis`` to where the slice stands: element ``j`` of the base takes ``j - start``."""
     if trace.is_unbacked(count):
         raise session.refuse(

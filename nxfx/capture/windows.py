@@ -15,6 +15,7 @@ from nxfx.capture import masks
 from nxfx.capture.masks import Axis
 from nxfx.capture.session import Session
 from nxfx.report.findings import Severity
+from nxfx.report.locations import Location
 from nxfx.report.rewrites import Kind
 
 
@@ -212,14 +213,14 @@ def aligned(session: Session, axes: Sequence[Axis], value: Window) -> torch.Tens
     )
 
 
-def _refuse(session: Session, use: str, *windows: Any) -> NoReturn:
+def _refuse(session: Session, use: str, window: Any, location: Location | None = None) -> NoReturn:
     raise session.refuse(
         "NX203",
         "a slice whose size depends on a tensor",
-        f"{use} needs the size of {windows[0]!r}, which depends on a tensor's value; a Neuron graph has fixed shapes",
+        f"{use} needs the size of {window}, which depends on a tensor's value; a Neuron graph has fixed shapes",
         "work at full size and mask: x.masked_fill(arange(x.shape[d]) >= n, neutral); "
         "or slice with a Python int (one graph per bucket)",
-        windows[0]._location if use == "an output" else None,
+        location,
     )
 
 
@@ -287,8 +288,11 @@ def _operand(session: Session, axes: Sequence[Axis], name: str, value: Any) -> A
         return value._operand()
     if isinstance(value, torch.Tensor):
         for axis in axes:
-            if value.ndim >= -axis.dim and not masks.same_size(value.shape[axis.dim], 1):
-                _refuse(session, f"{name} with a tensor of {list(value.shape)}", value)
+            if value.ndim < -axis.dim or masks.same_size(value.shape[axis.dim], 1):
+                continue
+            if masks.length(session, axis) != value.shape[axis.dim]:
+                _refuse(session, f"{name} with a tensor of {list(value.shape)}", f"the slice [{axis}]")
+            value = masks.placed(session, axis, value, value.shape[axis.dim])
     return value
 
 
@@ -312,11 +316,8 @@ def _keep_divisor_safe(
 def _in_place(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     window = args[0]
     if not isinstance(window, Window):
-        _refuse(
-            next(a for a in args if isinstance(a, Window))._session,
-            f"{name} on a whole tensor",
-            *[a for a in args if isinstance(a, Window)],
-        )
+        other = next(a for a in args if isinstance(a, Window))
+        _refuse(other._session, f"{name} on a whole tensor", other)
     session, base = window._session, window._value
     pure = f"__{name[3:]}" if name.startswith("__i") else name[:-1]
     result = _elementwise(getattr(torch.Tensor, pure), pure, args, kwargs)
@@ -387,7 +388,8 @@ def _reduction(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str
 
 def _bound(name: str, dtype: torch.dtype) -> str:
     """What may differ from eager's order of reduction; empty: nothing."""
-    if not dtype.is_floating_point or name in ("any", "all", "count_nonzero", "argmax", "argmin"):
+    inexact = dtype.is_floating_point or dtype.is_complex
+    if not inexact or name in ("any", "all", "count_nonzero", "argmax", "argmin"):
         return ""
     return _ZERO_BOUND if name in ("max", "min", "amax", "amin") else _SUM_BOUND
 
@@ -408,11 +410,11 @@ def _new_dim(dim: int, reduced: set[int], keep: bool) -> int:
 def _mean(window: Window, inside: Sequence[Axis], dims: set[int], keep: bool, kwargs: dict[str, Any]) -> torch.Tensor:
     value = window._value
     dtype = kwargs.get("dtype") or value.dtype
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point and not dtype.is_complex:
         raise RuntimeError(
             f"mean(): could not infer output dtype. Input dtype must be a floating point dtype. Got: {dtype}"
         )
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
     total = (window._filled(0, inside) if inside else window._operand()).sum(sorted(dims), keepdim=keep, dtype=wide)
     count: Any = 1
     for dim in dims:
@@ -425,9 +427,8 @@ def _softmax(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, 
     window, *rest = args
     dim = rest[0] if rest else kwargs.get("dim")
     if dim is None or not isinstance(window, Window):
-        _refuse(
-            next(a for a in args if isinstance(a, Window))._session, name, *[a for a in args if isinstance(a, Window)]
-        )
+        other = next(a for a in args if isinstance(a, Window))
+        _refuse(other._session, f"{name} without dim", other)
     session, value = window._session, window._value
     inside = [a for a in window._axes if a.dim == (dim if dim < 0 else dim - value.ndim)]
     session.rewrote(
@@ -500,4 +501,4 @@ def check_outputs(session: Session, outputs: Any) -> None:
     """
     for value in pytree.tree_leaves(outputs):
         if isinstance(value, Window):
-            _refuse(session, "an output", value)
+            _refuse(session, "an output", value, value._location)

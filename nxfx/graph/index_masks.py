@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ from torch import fx
 from nxfx.graph import meta
 from nxfx.graph.masks import MaskBuilder, has_shape, is_one, size_at
 from nxfx.graph.regions import Axis
-from nxfx.graph.slices import Extent, is_known
+from nxfx.graph.slices import Extent, is_known, is_static
 
 aten = torch.ops.aten
 
@@ -99,7 +100,8 @@ class IndexWrite:
     @property
     def is_empty(self) -> bool:
         extents = (shown for shown in self.axes.values() if isinstance(shown, Extent))
-        return any(e.is_empty for e in extents) or any(0 in meta.val(t.index).shape for t in self.targets)
+        tensors = (self.base, *(target.index for target in self.targets))
+        return any(e.is_empty for e in extents) or any(0 in meta.val(tensor).shape for tensor in tensors)
 
     @property
     def value_is_free(self) -> bool:
@@ -128,6 +130,8 @@ class IndexMasks:
         self.rank = meta.val(write.base).dim()
         # For each position along the chooser's axis, which element of the value goes there.
         self.taken: fx.Node | None = None
+        # Positions compared with indices: what the mask costs.
+        self.comparisons = 0
 
     def mask(self) -> fx.Node | None:
         """Where is written; None: everywhere."""
@@ -189,7 +193,10 @@ class IndexMasks:
             index = self._wrapped(index, masks.size(self.base, target.axis))
         index = masks.place(masks.align(index, axes, depth), self.base, self.write.axes, rank=depth)
         positions = masks.positions(self.base, target.axis, meta.val(index).dtype)
-        return masks.equal(masks.align(positions, [target.axis], depth), index)
+        equal = masks.equal(masks.align(positions, [target.axis], depth), index)
+        shape = meta.val(equal).shape
+        self.comparisons += math.prod(shape) if is_static(*shape) else 0
+        return equal
 
     def _wrapped(self, index: fx.Node, size: Any) -> fx.Node:
         """An index tensor with its negative elements counted from the end."""

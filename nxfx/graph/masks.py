@@ -6,6 +6,7 @@ that what is shared stands before all of its users.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -81,6 +82,13 @@ def is_one(size: Any) -> bool:
     return is_static(size) and size == 1
 
 
+def is_row_major(value: torch.Tensor) -> bool:
+    """Whether strides certainly fall from dim to dim, so that element-wise ops give a contiguous result."""
+    strides = [stride for size, stride in zip(value.shape, value.stride(), strict=True) if not is_one(size)]
+    falling = is_static(*value.shape, *strides) and 0 not in strides
+    return falling and all(one > other for one, other in itertools.pairwise(strides))
+
+
 class MaskBuilder:
     """Builds masks and placed values for one graph.
 
@@ -100,9 +108,9 @@ class MaskBuilder:
         return self._shared[key]
 
     def elementwise(self, op: Any, *operands: Any, dtype: torch.dtype) -> fx.Node:
-        """``op`` of operands that broadcast. Where all are contiguous so is the result: nothing to evaluate."""
+        """``op`` of operands that broadcast. Where all are in row-major order the result is contiguous: nothing to evaluate."""
         values = [meta.val(o) for o in operands if isinstance(o, fx.Node)]
-        if not all(is_static(*v.shape) and v.is_contiguous() for v in values):
+        if not all(map(is_row_major, values)):
             return self.build.call(op, *operands)
         shape = [1] * max(v.dim() for v in values)
         for value in values:
@@ -289,6 +297,8 @@ class MaskBuilder:
 
         Leading axes of size 1 are left out, the result broadcasts; not so when ``full``.
         """
+        if len(axes) == rank and all(axis in (None, dim) for dim, axis in enumerate(axes)):
+            return node
         kept = sorted((axis, dim) for dim, axis in enumerate(axes) if axis is not None)
         sizes = {axis: self.size(node, dim) for axis, dim in kept}
         order = [dim for _, dim in kept]
@@ -299,9 +309,10 @@ class MaskBuilder:
         target = [sizes.get(axis, 1) for axis in range(first, rank)]
         if has_shape(node, [self.calculus.value(size) for size in target]):
             return node
-        return self.shared(("align", node, *target), lambda: self._viewed(node, target))
+        return self.shared(("align", node, *target), lambda: self.viewed(node, target))
 
-    def _viewed(self, node: fx.Node, shape: list[Any]) -> fx.Node:
+    def viewed(self, node: fx.Node, shape: list[Any]) -> fx.Node:
+        """``node`` under another shape."""
         value = meta.val(node)
         if is_static(*value.shape, *shape) and value.is_contiguous():
             return self.build.known(meta.contiguous(value, shape, value.dtype), aten.view.default, node, shape)
@@ -366,4 +377,4 @@ class MaskBuilder:
             deep = self.build.call(aten.clone.default, deep, memory_format=torch.contiguous_format)
         shape = [self.size(node, d) for d in range(meta.val(node).dim())]
         shape[dim] = shape[dim] * step if is_static(shape[dim]) else self.build.call(operator.mul, shape[dim], step)
-        return self._viewed(deep, shape)
+        return self.viewed(deep, shape)

@@ -56,8 +56,7 @@ def _quiet(mode: FakeTensorMode) -> Iterator[None]:
         if shape_env is None:
             yield
         else:
-            # Ops whose kernels take no SymInt (constant_pad_nd) are decomposed by the Python dispatcher.
-            with shape_env.ignore_fresh_unbacked_symbols(), enable_python_dispatcher():
+            with shape_env.ignore_fresh_unbacked_symbols():
                 yield
 
 
@@ -70,8 +69,17 @@ def evaluate(mode: FakeTensorMode | None, op: Any, args: tuple[Any, ...], kwargs
     args, kwargs = fx.node.map_arg((args, kwargs), val)
     if mode is None:
         return op(*args, **kwargs)
-    with _quiet(mode):
+    # Kernels that take no SymInt (constant_pad_nd) refuse symbolic sizes, or fix them to the example's; the Python dispatcher
+    # decomposes such ops, but it is slower.
+    symbolic = any(map(_is_symbolic, (*args, *kwargs.values())))
+    with _quiet(mode), enable_python_dispatcher() if symbolic else contextlib.nullcontext():
         return op(*args, **kwargs)
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, (list, tuple, torch.Tensor)):
+        return any(map(_is_symbolic, value.shape if isinstance(value, torch.Tensor) else value))
+    return isinstance(value, torch.SymInt)
 
 
 def retype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -109,6 +117,18 @@ def _is_dense(value: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def part(value: torch.Tensor, dim: int, positions: range, *, keep: bool = True) -> torch.Tensor:
+    """The fake value of a slice of a static ``value`` (without ``keep`` of a select of the one position), not evaluated."""
+    shape, strides = list(value.shape), list(value.stride())
+    offset = value.storage_offset() + positions.start * strides[dim]
+    shape[dim], strides[dim] = len(positions), strides[dim] * positions.step
+    if not keep:
+        del shape[dim], strides[dim]
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if 0 not in shape else 0
+    made = torch.empty(offset + last + 1, dtype=value.dtype, device="meta").as_strided(shape, strides, offset)
+    return FakeTensor(value.fake_mode, made, value.device) if isinstance(value, FakeTensor) else made
 
 
 def move(value: torch.Tensor, device: torch.device) -> torch.Tensor:

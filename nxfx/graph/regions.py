@@ -81,7 +81,8 @@ class Region:
 
     @property
     def is_empty(self) -> bool:
-        return self.nothing or any(isinstance(axis, Extent) and axis.is_empty for axis in self.axes)
+        none = any(isinstance(axis, Extent) and axis.is_empty for axis in self.axes)
+        return none or self.nothing or any(is_static(size) and size == 0 for size in self.shape)
 
     def count(self, axis: int) -> Any:
         """How many positions of the root's ``axis`` are shown."""
@@ -93,6 +94,16 @@ class Region:
     def with_dims(self, dims: list[int | None]) -> Region:
         """The same elements under other dims."""
         return Region.of(list(self.axes), dims, self.shape, self.nothing)
+
+    def unfolded(self, axis: int) -> Region:
+        """The same elements of the root viewed with ``axis``, walked in steps that divide it, as two: steps and phases."""
+        shown = self.axes[axis]
+        assert isinstance(shown, Extent) and shown.count * shown.step == shown.size
+        axes = [*self.axes[:axis], None, Extent.of(shown.start, 1, 1, shown.step), *self.axes[axis + 1 :]]
+        dims = [d + 1 if d is not None and d > axis else d for d in self.dims]
+        return Region.of(
+            axes, dims, (*self.shape[:axis], shown.count, shown.step, *self.shape[axis + 1 :]), self.nothing
+        )
 
     def with_slice(self, dim: int, start: Any, end: Any, step: int, size: Any, count: Any) -> Region | None:
         """This view sliced along ``dim``, of ``size`` positions of which ``count`` stay; None where that is no region."""

@@ -13,7 +13,7 @@ from torch import fx
 
 from nxfx.graph import meta
 from nxfx.graph.builder import refresh
-from nxfx.graph.masks import MaskBuilder
+from nxfx.graph.masks import MaskBuilder, is_row_major
 from nxfx.graph.slices import is_static, select_extent, slice_extent
 from nxfx.graph.storage import may_alias
 
@@ -60,26 +60,30 @@ class GrowingTensor:
         if reader.target is aten.select.int:
             extent = select_extent(args[2], size)
         else:
-            start, end, step = (*args[2:], *(None, None, 1)[len(args) - 2 :])
+            start, end, step = list(args[2:]) + [None, None, 1][len(args) - 2 :]
             extent = slice_extent(start, end, step, size)
         if extent.start >= self.reached:
-            reader.args = (self.base, *args[1:])
-        elif extent.stop > self.reached:
+            reader.args = (self.base, *args[1:])  # of the shape and the strides of what is written
+            return True
+        if extent.stop > self.reached:
             return False
-        elif reader.target is aten.select.int:
-            reader.args = (self.prefix(), self.axis, extent.start)
-        else:
-            reader.args = (self.prefix(), self.axis, extent.start, extent.stop, extent.step)
-        self._refresh(reader)
+        prefix = self.prefix()
+        keep = reader.target is aten.slice.Tensor
+        bounds = (extent.start, extent.stop, extent.step) if keep else (extent.start,)
+        reader.args = (prefix, self.axis, *bounds)
+        self._revalue(reader, meta.part(meta.val(prefix), self.axis, extent.positions, keep=keep))
         return True
 
-    def _refresh(self, reader: fx.Node) -> None:
-        """Values of views of a part: the part's strides are not those of the whole."""
-        stack = [reader]
+    def _revalue(self, reader: fx.Node, value: torch.Tensor) -> None:
+        """Give a reader its value; views of it are evaluated again, their strides are not those of the whole."""
+        reader.meta["val"] = value
+        reader.meta.pop("tensor_meta", None)
+        stack = list(reader.users)
         while stack:
             view = stack.pop()
-            refresh(view, self.masks.build.mode)
-            stack += [user for user in view.users if user.op == "call_function" and may_alias(user)]
+            if view.op == "call_function" and may_alias(view):
+                refresh(view, self.masks.build.mode)
+                stack += view.users
 
     def whole(self) -> fx.Node:
         """Every position: what has not been written comes from the base."""
@@ -90,13 +94,16 @@ class GrowingTensor:
     def base_part(self, start: int, stop: int) -> fx.Node:
         """The base between two positions."""
         key = ("part", self.base, self.axis, start, stop)
+        value = meta.part(meta.val(self.base), self.axis, range(start, stop))
         build = self.masks.build
-        return self.masks.shared(key, lambda: build.call(aten.slice.Tensor, self.base, self.axis, start, stop))
+        return self.masks.shared(key, lambda: build.known(value, aten.slice.Tensor, self.base, self.axis, start, stop))
 
     def _joined(self, pieces: list[fx.Node]) -> fx.Node:
         if len(pieces) == 1:
             return pieces[0]
         values = [meta.val(piece) for piece in pieces]
+        if not all(map(is_row_major, values)):
+            return self.masks.build.call(aten.cat.default, pieces, self.axis)
         shape = list(values[0].shape)
         shape[self.axis] = sum(value.shape[self.axis] for value in values)
         return self.masks.build.known(

@@ -123,9 +123,14 @@ class Site:
     raised_there: bool = False
 
 
-def site_of(error: BaseException) -> Site | None:
-    """Where ``error`` came from; None when no frame is a model's."""
-    places, last = _from_traceback(error.__traceback__)
+def site_of(error: BaseException, *, is_cause: bool = False) -> Site | None:
+    """Where ``error`` came from; None when no frame is a model's.
+
+    Args:
+        is_cause: it was caught on the way, perhaps by the model itself: its first frame may be the model's. Otherwise
+            frames above the first one of torch or nxfx belong to whoever asked for the capture.
+    """
+    places, last = _from_traceback(error.__traceback__, is_cause)
     if not places:
         places, last = _from_dynamo(error), False
     if not places:
@@ -148,13 +153,10 @@ def _rank(file: str) -> int:
     return 0 if _TOOLS.search(file) else frame_rank(file)
 
 
-def _from_traceback(trace: TracebackType | None) -> tuple[list[Place], bool]:
-    """The model's frames, outermost first, and whether the very last frame is one of them.
-
-    Frames above the first one of torch or nxfx belong to whoever asked for the capture, not to the model.
-    """
+def _from_traceback(trace: TracebackType | None, inside: bool) -> tuple[list[Place], bool]:
+    """The model's frames, outermost first, and whether the very last frame is one of them."""
     places: list[Place] = []
-    inside = last = False
+    last = False
     while trace is not None:
         code = trace.tb_frame.f_code
         rank = _rank(code.co_filename)
