@@ -296,8 +296,15 @@ def _canonical(expression: Any) -> str:
     return str(expression.canonical if getattr(expression, "is_Relational", False) else expression)
 
 
+def _is_truth(side: Any) -> bool:
+    """A bool read from a tensor, as the number 0 or 1."""
+    return isinstance(side, sympy.Piecewise) and {branch.expr for branch in side.args} == {sympy.S.Zero, sympy.S.One}
+
+
 def _is_implied(expression: Any) -> bool:
     if expression in (True, sympy.true):
+        return True
+    if any(_is_truth(side) for side in getattr(expression, "args", ())):  # what a check on a tensor states; no size
         return True
     if isinstance(expression, sympy.Eq):  # a view's sizes divide, the pieces of a split add up
         return expression.has(Mod, PythonMod, FloorDiv) or any(

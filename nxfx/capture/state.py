@@ -19,7 +19,11 @@ import torch
 from nxfx.capture.structure import Path, open_container, write
 from nxfx.report.locations import Location
 
-_INTERNAL = frozenset(torch.nn.Module().__dict__) | {"forward", "__wrapped__", "_hf_hook", "_old_forward"}
+# `_output_capturing_hooks_installed`: transformers installs hooks on a model's first call and notes it here; the two belong together,
+# and hooks stay where a library put them.
+_INTERNAL = frozenset(torch.nn.Module().__dict__) | {
+    "forward", "__wrapped__", "_hf_hook", "_old_forward", "_output_capturing_hooks_installed",
+}  # fmt: skip
 # What nn.RNN and its kin keep beside the registry and bring up to date themselves.
 _SECOND_REGISTRIES = frozenset({"_flat_weights", "_flat_weight_refs"})
 # Values without entries of their own that forward can change in place: stock is taken of a copy.
