@@ -1,11 +1,13 @@
 """One architecture of the corpus through `prepare`, measured: shared by tests/test_corpus.py and docs/corpus.md.
 
-    python tests/corpus_run.py            writes docs/corpus.md from the whole corpus (about 20 minutes)
-    python tests/corpus_run.py llama bert prints the rows of some architectures
+    python tests/corpus_run.py               writes docs/corpus.md from the whole corpus (about 20 minutes)
+    python tests/corpus_run.py --tested      writes it from the part that `make test` runs
+    python tests/corpus_run.py llama bert    prints the rows of some architectures
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -157,20 +159,25 @@ def _refined(before: list[Any], after: list[Any]) -> Comparison:
     return compare(before, after, kind="close", max_abs=max(scale, 1.0) * 2**-4)
 
 
-def measure_all(names: list[str]) -> list[Row]:
+def _one(job: tuple[str, torch.dtype, bool]) -> Row:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = []
+    name, dtype, cached = job
+    row = run(corpus.BY_NAME[name], dtype, cached)
+    print(_line(row), file=sys.stderr, flush=True)
+    return row
+
+
+def measure_all(names: list[str], processes: int = 2) -> list[Row]:
+    """Rows for the named architectures (all of them without names), fp32 and bf16, without and with a cache."""
+    jobs = []
     for entry in corpus.CORPUS:
         if names and entry.name not in names:
             continue
-        for dtype in (torch.float32, torch.bfloat16):
-            if dtype is torch.bfloat16 and entry.bf16_failure:
-                continue
-            for cached in (False, True) if entry.cached else (False,):
-                rows.append(run(entry, dtype, cached))
-                print(_line(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+        for dtype in (torch.float32,) if entry.bf16_failure else (torch.float32, torch.bfloat16):
+            jobs += [(entry.name, dtype, cached) for cached in ((False, True) if entry.cached else (False,))]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        return pool.map(_one, jobs, chunksize=1)
 
 
 def _line(row: Row) -> str:
@@ -217,9 +224,13 @@ def document(rows: list[Row]) -> str:
 
 if __name__ == "__main__":
     chosen = sys.argv[1:]
+    if tested := chosen == ["--tested"]:
+        from tests.test_corpus import CASES, REFUSED
+
+        chosen = sorted({str(case.values[0]) for case in CASES} | set(REFUSED.split()))  # type: ignore[attr-defined]
     measured = measure_all(chosen)
     bad = [r for r in measured if r.problems]
-    if not chosen:
+    if tested or not chosen:
         with open(os.path.join(os.path.dirname(__file__), "..", "docs", "corpus.md"), "w") as page:
             page.write(document(measured))
     for broken in bad:
