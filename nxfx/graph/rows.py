@@ -6,6 +6,7 @@ readers compute the chain again and again (63 chained writes: 13 times slower on
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -14,11 +15,32 @@ from torch import fx
 from nxfx.graph import meta
 from nxfx.graph.builder import refresh
 from nxfx.graph.masks import MaskBuilder, is_row_major
-from nxfx.graph.slices import is_static, select_extent, slice_extent
+from nxfx.graph.slices import Extent, is_static, select_extent, slice_extent
 from nxfx.graph.storage import may_alias
 
 aten = torch.ops.aten
-_READS = (aten.slice.Tensor, aten.select.int)
+
+
+def _read(node: fx.Node) -> tuple[int, Extent] | None:
+    """The dim and the positions that a slice or select of static bounds reads; None for any other node."""
+    args: Any = node.args
+    if node.target not in (aten.slice.Tensor, aten.select.int) or node.kwargs or not is_static(*args[1:]):
+        return None
+    value = meta.val(args[0])
+    dim = args[1] % value.dim() if len(args) > 1 else 0
+    if not is_static(*value.shape, *value.stride()):
+        return None
+    if node.target is aten.select.int:
+        return dim, select_extent(args[2], value.shape[dim])
+    bounds: list[Any] = list(args[2:])
+    start, end, step = bounds + [None, None, 1][len(bounds) :]
+    return dim, slice_extent(start, end, step, value.shape[dim])
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether ``node`` is an op that may show its operand's memory (a higher-order op's body is not entered)."""
+    known = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
+    return node.op == "call_function" and known and may_alias(node)
 
 
 class GrowingTensor:
@@ -51,39 +73,34 @@ class GrowingTensor:
 
         False when it needs more than what is settled and more than what is not.
         """
-        args: Any = reader.args
-        if reader.target not in _READS or reader.kwargs or args[0] is not written or not is_static(*args[1:]):
+        read = _read(reader)
+        if read is None or reader.args[0] is not written or read[0] != self.axis:
             return False
-        size = meta.val(self.base).shape[self.axis]
-        if args[1] % meta.val(self.base).dim() != self.axis:
-            return False
-        if reader.target is aten.select.int:
-            extent = select_extent(args[2], size)
-        else:
-            start, end, step = list(args[2:]) + [None, None, 1][len(args) - 2 :]
-            extent = slice_extent(start, end, step, size)
+        extent = read[1]
         if extent.start >= self.reached:
-            reader.args = (self.base, *args[1:])  # of the shape and the strides of what is written
+            reader.args = (self.base, *reader.args[1:])  # of the shape and the strides of what is written
             return True
         if extent.stop > self.reached:
             return False
-        prefix = self.prefix()
-        keep = reader.target is aten.slice.Tensor
-        bounds = (extent.start, extent.stop, extent.step) if keep else (extent.start,)
-        reader.args = (prefix, self.axis, *bounds)
-        self._revalue(reader, meta.part(meta.val(prefix), self.axis, extent.positions, keep=keep))
+        bounds = (extent.start, extent.stop, extent.step) if reader.target is aten.slice.Tensor else (extent.start,)
+        reader.args = (self.prefix(), self.axis, *bounds)
+        self._revalue(reader)
         return True
 
-    def _revalue(self, reader: fx.Node, value: torch.Tensor) -> None:
-        """Give a reader its value; views of it are evaluated again, their strides are not those of the whole."""
-        reader.meta["val"] = value
-        reader.meta.pop("tensor_meta", None)
-        stack = list(reader.users)
+    def _revalue(self, reader: fx.Node) -> None:
+        """The values of a reader and of the views of it: their strides are not those of the whole any more."""
+        stack = [reader]
         while stack:
             view = stack.pop()
-            if view.op == "call_function" and may_alias(view):
+            read = _read(view)
+            if read is None:
                 refresh(view, self.masks.build.mode)
-                stack += view.users
+            else:
+                operand: Any = view.args[0]
+                keep = view.target is aten.slice.Tensor
+                view.meta["val"] = meta.part(meta.val(operand), read[0], read[1].positions, keep=keep)
+                view.meta.pop("tensor_meta", None)
+            stack += [user for user in view.users if _is_view(user)]
 
     def whole(self) -> fx.Node:
         """Every position: what has not been written comes from the base."""
