@@ -91,7 +91,7 @@ class LiftIntCasts(Pass):
 
     @staticmethod
     def _origins(graph_module: fx.GraphModule, context: PassContext) -> IntegerOrigins:
-        return IntegerOrigins(graph_module, context.sources, lambda: ranges.analyse(graph_module, context.sources))
+        return IntegerOrigins(graph_module, context.sources, lambda: ranges.analyse(graph_module, context.sources, context.requirements))
 
     def _spread(self, build: NodeBuilder, node: fx.Node, origins: IntegerOrigins, context: PassContext) -> Rewrite:
         premises = bit_equal(node, origins, context.sources)

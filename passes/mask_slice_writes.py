@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nxfx.analysis.implied import require
 from nxfx.analysis.index_writes import INDEX_WRITES
 from nxfx.analysis.slice_writes import SliceWrite
 from nxfx.analysis.write_plan import WRITERS, PlannedWrite, WritePlan
@@ -28,7 +29,7 @@ aten = torch.ops.aten
 
 _FIXES = {
     "NX201": "write torch.where(mask, value, tensor) with a mask of torch.arange comparisons and a value of its shape",
-    "NX202": "index with torch.arange plus one position, with the indices of topk or sort, or with one position",
+    "NX202": "index with one 1-d tensor, with torch.arange plus one position, or with the indices of topk or sort",
 }
 _SUMS = frozenset({aten.index_add.default, aten.scatter_add.default})
 _UNCHANGED = "its base: the write changes nothing"
@@ -84,9 +85,11 @@ class MaskSliceWrites(Pass):
       everything is its value, a write of nothing is its base.
     - A loop that fills an axis from front to back is a concatenation of its rows: a select of everything at each step
       would cost the whole tensor each time.
-    - A write through integer indices becomes ``positions == index`` when each element has one writer or all its
-      writers write the same value: a KV cache at a tensor position, ``arange`` indices, indices of top-k. What cannot
-      be proved stays (NX202).
+    - A write through integer indices becomes ``positions == index``: a KV cache at a tensor position, ``arange``
+      indices, indices of top-k. Of several values for one element the last is written (eager on the CPU does so, and
+      leaves it open elsewhere). Sums over indices that may repeat, and indices along several dims together, stay
+      (NX202).
+    - Eager raises for an index outside its dimension, a mask is just empty there: the boundary refuses such inputs.
     """
 
     name = "mask-slice-writes"
@@ -248,6 +251,7 @@ class _Rewriter:
         base = self._now(write.base)
         if write.is_empty:
             return _Made(self._own(base, planned), "nothing", _UNCHANGED)
+        self._require(write, planned)
         value = None if write.value is None else self._cast(self._now(write.value), base, ())
         current = IndexMasks(self.masks, self._current(write, base, value))
         mask = current.mask()
@@ -265,19 +269,34 @@ class _Rewriter:
         taken = ", the value gathered" if current.taken is not None else ""
         return _Made(self.masks.select(mask, value, base), f"index-{write.kind}", f"where{taken}{cost}")
 
+    def _require(self, write: IndexWrite, planned: PlannedWrite) -> None:
+        """Have the boundary refuse what eager refuses: indices outside the dimension."""
+        for target in write.targets:
+            index, bounds, ramp = target.index, target.bounds, self.plan.ramp(target.index)
+            if bounds is None:
+                continue
+            if ramp is not None and ramp.offset is not None and is_static(ramp.count):
+                ends = (ramp.start, ramp.start + ramp.step * (ramp.count - 1))
+                index, bounds = ramp.offset, (bounds[0] - min(ends), bounds[1] - max(ends))
+            if not require(index, bounds, self.context.sources, self.context.requirements):
+                low, high = target.bounds or bounds
+                message = f"eager raises for an index outside [{low}, {high}]; the cleaned graph writes nothing there"
+                fix = "pass the position as an input, so that the boundary checks it, or clamp it"
+                self.result.findings.append(self.step.finding(planned.scatter, "NX404", Severity.INFO, message, fix))
+
     def _current(self, write: IndexWrite, base: fx.Node, value: fx.Node | None) -> IndexWrite:
         """``write`` in terms of the nodes that the graph holds by now."""
-        targets = []
-        chooser = None
+        current = {}
         for target in write.targets:
             window = target.window
             if window is not None and window.offset is not None:
                 window = dataclasses.replace(window, offset=self._now(window.offset))
-            targets.append(dataclasses.replace(target, index=self._now(target.index), window=window))
-            if target is write.chooser:
-                chooser = targets[-1]
+            current[id(target)] = dataclasses.replace(target, index=self._now(target.index), window=window)
+        choosers = [current[id(target)] for target in write.choosers]
         mask = None if write.mask is None else self._now(write.mask)
-        return dataclasses.replace(write, base=base, value=value, targets=targets, chooser=chooser, mask=mask)
+        return dataclasses.replace(
+            write, base=base, value=value, targets=list(current.values()), choosers=choosers, mask=mask
+        )
 
     def _multiplies(self, base: fx.Node, number: torch.Tensor, planned: PlannedWrite) -> bool:
         """Whether a fill with ``number`` becomes a multiplication; its premises and its risk are noted."""

@@ -121,7 +121,7 @@ class _NarrowIntegers(Narrower):
     def __init__(self, step: Narrow64bit, gm: fx.GraphModule, context: PassContext) -> None:
         super().__init__(step, gm, context, torch.int64)
         self.unproved: dict[fx.Node, None] = {}
-        self.ranges = analyse(gm, context.sources)
+        self.ranges = analyse(gm, context.sources, context.requirements)
         self.memory = _read_as_memory(gm.graph)
 
     def run(self, nodes: list[fx.Node]) -> PassResult:

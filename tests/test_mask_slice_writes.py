@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import random
@@ -25,6 +26,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils._python_dispatch import _disable_current_modes
 from view_programs import INF, NAN, functional_graph
 
+import nxfx
 from nxfx.analysis.provenance import Premise, Role, Source
 from nxfx.errors import UsageError
 from nxfx.graph import meta
@@ -563,17 +565,93 @@ def test_indices_that_never_repeat() -> None:
 
     scores = torch.tensor([[3.0, -1.0, 7.0, 0.5, 2.0, -4.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
     _, result, _ = masked(program, scores, more=[(-scores.flip(1),)])
-    assert Counter(rules(result)) == {"index-distinct": 3, "index-member": 1}
+    assert Counter(rules(result)) == {"index-several": 3, "index-member": 1}
+
+
+def test_of_several_writers_of_one_element_the_last_is_seen() -> None:
+    """As in eager on the CPU, where the copies are made one after the other."""
+
+    def program(x: Tensor, i: Tensor, j: Tensor, new: Tensor) -> tuple[Tensor, ...]:
+        columns = i[None].expand(4, -1)
+        return (
+            x.index_copy(0, i % 4, new),
+            aten.index_put(x, [None, i], new[:, :4].T),
+            torch.index_put(x, (i % 4, j), new[:, 0]),
+            aten.index_put(x[None].expand(2, 4, 6), [None, i % 4, j], new[:, 0]),
+            x.scatter(1, columns, new[:4, : i.shape[0]]),
+            torch.index_put(x, (torch.tensor([3, -1, 3]),), new[:3]),
+        )
+
+    new = nasty(5, 6)
+    drawn = [(torch.randint(0, 6, (5,)), torch.randint(-6, 6, (5,))) for _ in range(20)]
+    gm, result, _ = masked(program, nasty(4, 6), *drawn[0], new, more=[(nasty(4, 6), i, j, new) for i, j in drawn])
+    assert rules(result) == ["index-several"] * 6 and not left(gm)
+
+
+def test_an_index_outside_the_dimension_is_refused_as_in_eager() -> None:
+    class Cache(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(2, 8, 3))
+
+    class One(Cache):
+        def forward(self, position: Tensor, new: Tensor) -> Tensor:
+            self.cache[:, position + 1] = new[:, 0]
+            return self.cache * 2
+
+    class Run(Cache):
+        def forward(self, position: Tensor, new: Tensor) -> Tensor:
+            self.cache[:, position : position + 2] = new
+            return self.cache * 2
+
+    class Rows(Cache):
+        def forward(self, position: Tensor, new: Tensor) -> Tensor:
+            self.cache[torch.arange(2)[:, None], position.view(1, 1) + torch.arange(2)] = new
+            return self.cache * 2
+
+    new = nasty(2, 2, 3)
+    for model, low, high in ((One(), -9, 6), (Run(), -8, 6), (Rows(), -8, 6)):
+        for dtype in (torch.int64, torch.int32):
+            prepared = nxfx.prepare(model, (torch.tensor(3, dtype=dtype), new))
+            assert prepared.report.requirements == {"position": (low, high)}
+            for position in (low, 0, high):
+                if model.__class__ is Run and position < 0:
+                    continue  # x[-8:-6]
+                expected, given = copy.deepcopy(model), torch.tensor(position, dtype=dtype)
+                assert compare(expected(given, new), prepared(given, new)).ok
+            for position in (low - 1, high + 1):
+                with pytest.raises((IndexError, RuntimeError)):
+                    copy.deepcopy(model)(torch.tensor(position, dtype=dtype), new)
+                before = model.cache.clone()
+                with pytest.raises(nxfx.RangeError, match="position"):
+                    prepared(torch.tensor(position, dtype=dtype), new)
+                assert compare(before, model.cache).ok
+
+
+def test_a_computed_index_that_may_lie_outside_is_reported() -> None:
+    """No input holds the index, so nobody checks it; indices that cannot lie outside are no news."""
+
+    def program(x: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+        return x.index_fill(0, mask.sum(-1), 0.0), x.index_fill(1, x.argsort(-1)[0], 1.0)
+
+    _, result, _ = masked(program, nasty(4, 6), torch.tensor([[True, True, False]]))
+    (finding,) = result.findings
+    assert finding.code == "NX404" and "outside [-4, 3]" in finding.message
+
+
+def test_constant_indices_outside_the_dimension_stay() -> None:
+    def program(x: Tensor) -> Tensor:
+        return torch.index_put(x, (torch.arange(3) + 2,), torch.tensor(1.0))
+
+    with FakeTensorMode() as mode:
+        gm, context = functional_graph(program, (mode.from_tensor(nasty(4, 6)),))
+    result = Pipeline([MaskSliceWrites()]).run(gm, context)
+    assert not result.changed and "outside the dimension" in result.findings[0].message
 
 
 KEPT = {
-    "indices that may repeat": (lambda x, i: x.clone().index_copy_(0, i, x[:3]), "NX202", "several writers"),
-    "two index tensors": (lambda x, i: torch.index_put(x, (i, i), x[0, :3]), "NX202", "together"),
-    "repeated constants": (lambda x, i: torch.index_put(x, (torch.tensor([1, 1]),), x[:2]), "NX202", "several writers"),
-    "equal positions counted from both ends": (
-        lambda x, i: torch.index_put(x, (torch.tensor([3, -1]),), x[:2]), "NX202", "several writers"
-    ),
-    "a sum over indices": (lambda x, i: x.index_add(0, i, x[:3]), "NX202", "several writers"),
+    "indices of several dims": (lambda x, i: torch.index_put(x, (i[:2, None], i), x[:2, :3]), "NX202", "together"),
+    "a sum over indices": (lambda x, i: x.index_add(0, i, x[:3]), "NX202", "several values"),
     "values in the order of a mask": (lambda x, i: x.masked_scatter(x > 0, x), "NX201", "how many come before it"),
     "a reduction": (lambda x, i: x.scatter_reduce(0, i[:, None], x[:3, :1], "amax"), "NX202", "reduces"),
     "a diagonal by strides": (lambda x, i: torch.as_strided_scatter(x, x[0, :3], (3,), (7,)), "NX201", "amount to slices"),

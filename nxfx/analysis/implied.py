@@ -1,14 +1,19 @@
-"""What an input's own unconditional uses say of its values: an index that is out of bounds raises in the model itself."""
+"""What an input's own unconditional uses say of its values: an index that is out of bounds raises in the model itself.
+
+:func:`implied_range` reads it off the ops of the graph; :func:`require` keeps it for an op that a rewrite takes away.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from nxfx.analysis.intervals import Interval, Ranges, arg
+from nxfx.analysis import dtype_rules
+from nxfx.analysis.intervals import INT64, Interval, Ranges, arg, meet
+from nxfx.analysis.provenance import Role, Source
 from nxfx.analysis.range_rules import PRESERVING_VIEWS
 from nxfx.graph import meta
 
@@ -38,6 +43,42 @@ def implied_range(ranges: Ranges, source: fx.Node) -> tuple[Interval, str] | Non
         if found is not None and (best is None or found[1] - found[0] < best[0][1] - best[0][0]):
             best = found, f"it indexes {user.target}"
     return best
+
+
+def require(
+    index: fx.Node, bounds: Interval, sources: Mapping[str, Source], requirements: MutableMapping[str, Interval]
+) -> bool:
+    """Note that every value of ``index`` lies in ``bounds`` or the model raises. False when no input holds these very values.
+
+    Args:
+        index: an integer tensor, not empty, read unconditionally.
+        sources: placeholder node name → origin.
+        requirements: input name → what the boundary enforces; one is added or tightened.
+    """
+    low, high = bounds
+    while index.op == "call_function" and index.args:
+        operand: Any = index.args[0]
+        if _shifts(index):
+            by: Any = index.args[1]
+            by = by if index.target in _SUMS else -by
+            low, high = low - by, high - by
+        elif not (index.target in PRESERVING_VIEWS or _keeps_values(index)):
+            return False
+        index = operand
+    source = sources.get(index.name)
+    if source is None or source.role is not Role.INPUT or not dtype_rules.is_integral(meta.dtype_of(index)):
+        return False
+    requirements[source.name] = meet(requirements.get(source.name, INT64), (low, high))
+    return True
+
+
+_SUMS = (aten.add.Tensor, aten.add.Scalar)
+
+
+def _shifts(node: fx.Node) -> bool:
+    """Whether ``node`` adds an integer to an integer tensor, or takes one away."""
+    known = node.target in (*_SUMS, aten.sub.Tensor, aten.sub.Scalar) and not node.kwargs and type(node.args[1]) is int
+    return known and meta.dtype_of(node) == meta.dtype_of(node.args[0])
 
 
 def _uses(source: fx.Node) -> Iterator[tuple[fx.Node, fx.Node]]:

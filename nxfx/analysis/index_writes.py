@@ -1,7 +1,7 @@
 """What integer index tensors select: which index an axis in order, which hold one position, which never repeat.
 
-A write through integer indices becomes a mask when every written element has one writer, or when all its writers
-write the same value. :func:`read_index_write` brings ``index_put``, ``index_copy``, ``index_fill``, ``index_add``,
+A write through integer indices becomes a mask that knows the last writer of each element; where no index repeats that
+is cheaper, and sums need it. :func:`read_index_write` brings ``index_put``, ``index_copy``, ``index_fill``, ``index_add``,
 ``scatter`` and ``diagonal_scatter`` to one form; :class:`Indices` holds the proofs.
 """
 
@@ -17,6 +17,7 @@ from torch import fx
 
 from nxfx.analysis.finiteness import Finiteness
 from nxfx.analysis.provenance import Role, Source
+from nxfx.analysis.range_rules import PRESERVING_VIEWS
 from nxfx.analysis.uniform import UniformValues, as_dtype
 from nxfx.analysis.views import COPIES, RESHAPES, argument, slice_step, unit_dims
 from nxfx.graph import meta
@@ -60,11 +61,27 @@ class Indices:
         if constant is not None:
             ordered = (constant if size is None else constant % size).sort(dim).values
             return not bool((ordered.diff(dim=dim) == 0).any())
-        source: Any = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else node
-        if source.target not in _ORDERING or not meta.val(node).dim():
-            return False
-        along = argument(source, _ORDERING[source.target], "dim", -1)
-        return is_static(along) and along % meta.val(node).dim() == dim
+        ordered = _ordered(node)
+        return ordered is not None and ordered[1] == dim
+
+    def bounds(self, node: fx.Node) -> tuple[int, int, bool] | None:
+        """What all elements provably lie in, and whether some are at either end."""
+        ramp = self.ramp(node)
+        if ramp is not None and ramp.offset is None and is_static(ramp.count):
+            ends = (ramp.start, ramp.start + ramp.step * (ramp.count - 1))
+            return min(ends), max(ends), True
+        node = _past_copies(node)
+        constant = self._constant(node)
+        if constant is not None and constant.numel():
+            return int(constant.min()), int(constant.max()), True
+        while node.target in _PARTS:
+            node = node.args[0]  # type: ignore[assignment]
+        ordered = _ordered(node)
+        if ordered is None:
+            return None
+        values: Any = ordered[0].args[0]
+        size: Any = meta.val(values).shape[ordered[1]]
+        return (0, size - 1, False) if is_static(size) else None
 
     def known_ramp(self, node: fx.Node) -> Ramp | None:
         """What :meth:`ramp` found before."""
@@ -105,6 +122,16 @@ class Indices:
 
 # Ops whose second output (or only output) orders a dim: its elements along that dim are distinct. Position of `dim`.
 _ORDERING: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.argsort.default: 1, aten.sort.stable: 2}
+_PARTS = PRESERVING_VIEWS | {aten.slice.Tensor, aten.select.int, aten.expand.default}
+
+
+def _ordered(node: fx.Node) -> tuple[fx.Node, int] | None:
+    """The op that ``node`` holds the order of, and along which dim."""
+    source: Any = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else node
+    if source.target not in _ORDERING or not meta.val(node).dim():
+        return None
+    along = argument(source, _ORDERING[source.target], "dim", -1)
+    return (source, along % meta.val(node).dim()) if is_static(along) else None
 
 
 def _past_copies(node: fx.Node) -> fx.Node:
@@ -237,21 +264,32 @@ def _unproved(write: IndexWrite, indices: Indices) -> str | None:
     """Which property could not be proved of a write through integer indices; None when it can become a mask."""
     varying = [t for t in write.targets if t.varies]
     for target in write.targets:
+        size = meta.val(write.base).shape[target.axis]
+        low = -size if target.wraps else 0
         target.wraps = target.wraps and not indices.never_negative(target.index)
+        held = indices.bounds(target.index)
+        if write.is_empty or not is_static(size) or (held is not None and low <= held[0] and held[1] < size):
+            continue
+        if held is not None and held[2]:
+            return f"an index of [{held[0]}, {held[1]}] lies outside the dimension of size {size}"
+        target.bounds = (low if target.wraps else 0, size - 1)
     if not write.value_is_free:
         return (
             "several values may be added to one position" if write.accumulate and varying else _too_many(write, varying)
         )
     free = {label for t in varying for label in t.labels if is_free(label)} | {x for x in write.labels if is_free(x)}
-    if len(free) != 1 or len(varying) != 1:
-        return "several index tensors choose positions together"
-    write.chooser = chooser = varying[0]
+    if len(free) != 1 or not varying:
+        return "its index tensors choose positions along several dims together"
+    write.choosers = varying
+    if len(varying) > 1:
+        return "several values may be added to one position" if write.accumulate else _too_many(write, varying)
+    chooser = varying[0]
     dim = next(d for d, label in enumerate(chooser.labels) if is_free(label))
-    size = meta.val(write.base).shape[chooser.axis]
-    if not indices.distinct(chooser.index, dim, size if chooser.wraps else None):
-        return "its indices are not provably different from each other, so an element may have several writers"
+    distinct = indices.distinct(chooser.index, dim, meta.val(write.base).shape[chooser.axis] if chooser.wraps else None)
+    if write.accumulate and not distinct:
+        return "its indices are not provably different from each other, so several values may be added to one position"
     ramp = indices.ramp(chooser.index)
-    if ramp is not None and ramp.dim == dim and ramp.step == 1 and is_static(ramp.count):
+    if distinct and ramp is not None and ramp.dim == dim and ramp.step == 1 and is_static(ramp.count):
         chooser.window = ramp
         return None
     return _too_many(write, varying)

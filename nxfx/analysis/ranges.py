@@ -31,15 +31,19 @@ _WHERE = torch.ops.aten.where.self
 _SCAN_LIMIT = 1 << 24
 
 
-def analyse(gm: fx.GraphModule, sources: Mapping[str, Source]) -> Ranges:
+def analyse(
+    gm: fx.GraphModule, sources: Mapping[str, Source], requirements: Mapping[str, Interval] | None = None
+) -> Ranges:
     """Bounds of every integer and bool value of ``gm``.
 
     Args:
         gm: a functional ATen graph with ``val`` on every node.
         sources: placeholder or ``get_attr`` node name → origin. One that is missing (an operand of a higher-order op's body)
             is known by its dtype alone.
+        requirements: input name → bounds that the boundary enforces already.
     """
     ranges = Ranges(sources)
+    requirements = requirements or {}
     assumed = ranges._assumed
     fake = meta.FakeTensor
     for node in gm.graph.nodes:
@@ -50,7 +54,7 @@ def analyse(gm: fx.GraphModule, sources: Mapping[str, Source]) -> Ranges:
             if limits is None:
                 continue
             if node.op != "call_function":
-                _enter_source(ranges, node, value, limits)
+                _enter_source(ranges, node, value, limits, requirements)
                 continue
             if limits == (0, 1):
                 assumed[node] = limits
@@ -105,7 +109,9 @@ def _enter_many(ranges: Ranges, node: fx.Node, values: Sequence[Any], rule: Rule
     _apply(ranges, node, each)
 
 
-def _enter_source(ranges: Ranges, node: fx.Node, value: torch.Tensor, limits: Interval) -> None:
+def _enter_source(
+    ranges: Ranges, node: fx.Node, value: torch.Tensor, limits: Interval, requirements: Mapping[str, Interval]
+) -> None:
     source = ranges.sources.get(node.name)
     if source is None or source.role is Role.OPAQUE:
         ranges._assumed[node] = limits
@@ -121,10 +127,13 @@ def _enter_source(ranges: Ranges, node: fx.Node, value: torch.Tensor, limits: In
         ranges._assumed[node] = bounds
         ranges.requirements[node] = Requirement(bounds, "declared", "declared")
         return
+    enforced = requirements.get(source.name) if source.role is Role.INPUT else None
     if fits(limits, INT32):
-        ranges._assumed[node] = limits
+        ranges._assumed[node] = limits if enforced is None else meet(limits, enforced)
         return
     implied = implied_range(ranges, node) if source.role is Role.INPUT else None
+    if enforced is not None and (implied is None or enforced[1] - enforced[0] < implied[0][1] - implied[0][0]):
+        implied = enforced, "it is a position of a write"
     if implied is not None:
         ranges._assumed[node] = meet(limits, implied[0])
         ranges.requirements[node] = Requirement(meet(limits, implied[0]), "implied", implied[1])

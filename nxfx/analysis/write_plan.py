@@ -21,7 +21,7 @@ from nxfx.analysis.slice_writes import SCATTERS, SliceWrite, read_slice_write, w
 from nxfx.analysis.uniform import UniformValues
 from nxfx.analysis.views import Views
 from nxfx.graph import meta
-from nxfx.graph.index_masks import IndexWrite
+from nxfx.graph.index_masks import IndexWrite, Ramp
 from nxfx.graph.regions import Region, SymbolicSlice
 from nxfx.graph.slices import Extent, is_static
 
@@ -100,6 +100,10 @@ class WritePlan:
     def stays(self, node: fx.Node) -> bool:
         """Whether ``node`` will still stand in the graph, and need its inputs."""
         return node not in self.unused and node not in self._planned
+
+    def ramp(self, index: fx.Node) -> Ramp | None:
+        """How an index tensor runs along one of its dims, where it provably does."""
+        return self._indices.ramp(index)
 
     def is_shared(self, node: fx.Node) -> bool:
         """Whether more than one thing needs ``node``."""

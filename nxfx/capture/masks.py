@@ -174,12 +174,42 @@ def assign(session: Session, view: torch.Tensor, axes: Sequence[Axis], value: An
     ``value``'s dimensions are those of ``view`` less the selected ones. It is cast to ``view``'s dtype before the
     select, as ``copy_`` does (``where(m, 0.5, int64_base)`` would promote and lose integers beyond 2**53).
     """
-    is_tensor = isinstance(value, torch.Tensor)
-    value = _fitted(session, view, axes, value) if is_tensor else _scalar(session, view, value)
+    if isinstance(value, torch.Tensor):
+        if len(axes) == 1 and is_run(session, axes[0], value):
+            _put_run(session, view, axes[0], value)
+            return
+        value = _fitted(session, view, axes, value)
+    else:
+        value = number_like(session, view, value)
     view.copy_(torch.where(joint(axes), value, view))
 
 
-def _scalar(session: Session, view: torch.Tensor, value: Any) -> torch.Tensor:
+def is_run(session: Session, axis: Axis, value: torch.Tensor) -> bool:
+    """Whether ``value`` holds one element for each position of ``axis``, as many at every run-time value: ``x[i:i + 4] = v``."""
+    count = value.shape[axis.dim] if value.ndim >= -axis.dim else 1
+    return axis.step == 1 and isinstance(count, int) and count > 1 and length(session, axis) == count
+
+
+def _put_run(session: Session, view: torch.Tensor, axis: Axis, value: torch.Tensor) -> None:
+    """``view[i:i + count] = value`` as ``index_put_``: the pass has the mask, its cost and the range of ``i``."""
+    count = value.shape[axis.dim]
+    session.note(
+        "NX404",
+        Severity.INFO,
+        f"eager raises when the slice does not hold exactly {count} elements; the captured graph writes at {count} positions from the "
+        "start on, where they are inside",
+        "declare a range for the bound that keeps the slice inside the tensor",
+    )
+    start = symbols.as_tensor(session, axis.start) if trace.is_unbacked(axis.start) else axis.start
+    start = start.reshape(()) if start.dtype == torch.int64 else start.reshape(()).to(torch.int64)
+    index = start + torch.arange(count, device=view.device)
+    sizes = [count if dim == axis.dim + view.ndim else size for dim, size in enumerate(view.shape)]
+    before: list[torch.Tensor | None] = [None] * (axis.dim + view.ndim)
+    torch.ops.aten.index_put_.default(view, [*before, index], fitted(session, view, value, sizes))
+
+
+def number_like(session: Session, view: torch.Tensor, value: Any) -> torch.Tensor:
+    """A Python number as a 0-d tensor of ``view``'s dtype, as an assignment converts it."""
     if not isinstance(value, (bool, int, float, complex, torch.SymInt, torch.SymFloat, torch.SymBool)):
         raise TypeError(f"can't assign a {type(value).__name__} to a torch.Tensor")
     if isinstance(value, (bool, int, float, complex)):
@@ -194,13 +224,7 @@ def _scalar(session: Session, view: torch.Tensor, value: Any) -> torch.Tensor:
 
 def _fitted(session: Session, view: torch.Tensor, axes: Sequence[Axis], value: torch.Tensor) -> torch.Tensor:
     selected = sorted((a.dim for a in axes if a.is_select), reverse=True)
-    given = list(value.shape)
-    if value.dtype != view.dtype or value.device != view.device:
-        value = value.to(device=view.device, dtype=view.dtype)
-    while value.ndim > view.ndim - len(selected) and same_size(value.shape[0], 1):
-        value = value.squeeze(0)
-    if value.ndim > view.ndim - len(selected):
-        raise _mismatch(session, view, given)
+    value = _stripped(session, view, value, view.ndim - len(selected))
     for dim in selected:
         if value.ndim >= -dim:
             value = value.unsqueeze(value.ndim + dim + 1)
@@ -210,8 +234,29 @@ def _fitted(session: Session, view: torch.Tensor, axes: Sequence[Axis], value: t
         if same_size(have, 1) or same_size(have, want):
             continue
         if dim not in by_dim:
-            raise _mismatch(session, view, given)
+            raise _mismatch(session, view, value.shape)
         value = placed(session, by_dim[dim], value, have)
+    return value
+
+
+def fitted(session: Session, view: torch.Tensor, value: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
+    """``value`` as ``copy_`` writes it into a part of ``view`` of these ``sizes``: in its dtype, fit to be broadcast."""
+    value = _stripped(session, view, value, len(sizes))
+    for have, want in zip(reversed(value.shape), reversed(sizes), strict=False):
+        if not same_size(have, 1) and not same_size(have, want):
+            raise _mismatch(session, view, value.shape)
+    return value
+
+
+def _stripped(session: Session, view: torch.Tensor, value: torch.Tensor, ndim: int) -> torch.Tensor:
+    """``value`` in ``view``'s dtype, without the leading dimensions of size 1 that an assignment ignores."""
+    given = value.shape
+    if value.dtype != view.dtype or value.device != view.device:
+        value = value.to(device=view.device, dtype=view.dtype)
+    while value.ndim > ndim and same_size(value.shape[0], 1):
+        value = value.squeeze(0)
+    if value.ndim > ndim:
+        raise _mismatch(session, view, given)
     return value
 
 
@@ -250,9 +295,9 @@ def placed(session: Session, axis: Axis, value: torch.Tensor, count: Any) -> tor
     return value.index_select(axis.dim, index)
 
 
-def _mismatch(session: Session, view: torch.Tensor, given: list[Any]) -> Exception:
+def _mismatch(session: Session, view: torch.Tensor, given: Sequence[Any]) -> Exception:
     return session.refuse(
         "NX201",
         "slice assignment",
-        f"eager refuses this assignment: shape {given} cannot be broadcast into {list(view.shape)}",
+        f"eager refuses this assignment: shape {list(given)} cannot be broadcast into {list(view.shape)}",
     )

@@ -86,14 +86,40 @@ def on_setitem(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
         return _set_advanced(session, function, base, items, value)
     kept = [_FULL if is_dynamic_slice(i) or is_position(i) else i for i in items]
     view = base if _is_whole(kept) else base[tuple(kept)]
-    axes = _axes(session, view, items)
-    session.rewrote("slice.tensor-bound", Kind.EXACT, f"x[{_text(axes)}] = value", "where(mask, value, x)")
-    _note_positions(session, axes)
-    copied = _put_back(session, base, index, value)
-    masks.assign(session, view, axes, aligned(session, axes, value) if isinstance(value, Window) else value)
+    if not any(map(is_dynamic_slice, items)):
+        copied = _put_back(session, base, index, value)
+        _put(session, view, items, value)
+    else:
+        axes = _axes(session, view, items)
+        session.rewrote("slice.tensor-bound", Kind.EXACT, f"x[{_text(axes)}] = value", "where(mask, value, x)")
+        _note_positions(session, axes)
+        copied = _put_back(session, base, index, value)
+        masks.assign(session, view, axes, aligned(session, axes, value) if isinstance(value, Window) else value)
     if copied is not None:
         copied.since = copied.copy.graph._root.prev
     return None
+
+
+def _put(session: Session, view: torch.Tensor, items: list[Any], value: Any) -> None:
+    """``view[i] = value``, ``i`` 0-d tensors, as ``index_put_``: the pass has the mask, its cost and the range of ``i``."""
+    indices: list[torch.Tensor | None] = []
+    for item in items:
+        if is_position(item):
+            indices.append(_position(session, item))
+        elif item is None or type(item) is slice:
+            indices.append(None)
+    if isinstance(value, Window):
+        value = value._tensor("assignment to one position")
+    value = masks.number_like(session, view, value) if not isinstance(value, torch.Tensor) else value
+    wanted = [size for size, index in zip(view.shape, indices, strict=True) if index is None]
+    torch.ops.aten.index_put_.default(view, indices, masks.fitted(session, view, value, wanted))
+    session.rewrote("slice.tensor-index-write", Kind.EXACT, "x[i] = value", "index_put(x, i, value)")
+
+
+def _position(session: Session, item: Any) -> torch.Tensor:
+    """A position as an index tensor."""
+    position = symbols.as_tensor(session, item) if trace.is_unbacked(item) else item
+    return position if position.dtype in (torch.int64, torch.int32) else position.to(torch.int64)
 
 
 def take_window(window: Window, index: Any) -> Any:
@@ -214,9 +240,8 @@ def _gather(session: Session, base: torch.Tensor, items: list[Any]) -> tuple[tor
     """
     part, rest = base, list(items)
     for at in reversed([i for i, item in enumerate(items) if is_position(item)]):
-        position = symbols.as_tensor(session, items[at]) if trace.is_unbacked(items[at]) else items[at]
-        position = position if position.dtype in (torch.int64, torch.int32) else position.to(torch.int64)
-        part = torch.ops.aten.index.Tensor(part, [None] * sum(map(_consumes, items[:at])) + [position])
+        before = [None] * sum(map(_consumes, items[:at]))
+        part = torch.ops.aten.index.Tensor(part, [*before, _position(session, items[at])])
         del rest[at]
     if part is not base:
         session.rewrote("slice.tensor-index-read", Kind.EXACT, "x[i]", "aten.index(x, i)")

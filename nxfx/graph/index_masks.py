@@ -50,6 +50,7 @@ class Target:
     Attributes:
         labels: what each of its dims runs along.
         wraps: its elements may be negative and count from the end.
+        bounds: what its elements must lie in, or eager raises; None where they provably do, or the size is not known.
         window: the ramp it is along its free dim, with step 1, when the write needs to know which element goes where.
     """
 
@@ -57,6 +58,7 @@ class Target:
     index: fx.Node
     labels: list[Label]
     wraps: bool = False
+    bounds: tuple[int, int] | None = None
     window: Ramp | None = None
 
     @property
@@ -77,7 +79,7 @@ class IndexWrite:
         axes: base axis → the positions written, for axes indexed in order; an axis that is nowhere else is written
             whole.
         targets: axes whose positions are data.
-        chooser: the target along whose free dim the value differs.
+        choosers: the targets along whose free dim the value differs. Of elements for one position the last is written.
         mask: a bool tensor over the base's axes ``mask_axes``.
         diagonal: ``(row axis, column axis, offset)``: only elements with column = row + offset are written.
         accumulate: the value is added to what stands there.
@@ -90,7 +92,7 @@ class IndexWrite:
     labels: list[Label] = field(default_factory=list)
     axes: dict[int, Axis] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
-    chooser: Target | None = None
+    choosers: list[Target] = field(default_factory=list)
     mask: fx.Node | None = None
     mask_axes: list[int] = field(default_factory=list)
     diagonal: tuple[int, int, int] | None = None
@@ -115,8 +117,8 @@ class IndexWrite:
             return "bool"
         if self.diagonal is not None:
             return "diagonal"
-        if self.chooser is not None:
-            return "window" if self.chooser.window else "distinct"
+        if self.choosers:
+            return "window" if self.choosers[0].window else "several"
         if any(t.varies for t in self.targets):
             return "member"
         return "position" if self.targets else "order"
@@ -145,10 +147,12 @@ class IndexMasks:
         free = sorted({x for t in write.targets for x in t.labels if x is not None and x < 0})
         depth = {x: rank + i for i, x in enumerate(free)}
         members = []
+        if write.choosers:
+            parts.append(self._chosen(write.choosers))
         for target in write.targets:
-            if target is write.chooser:
-                parts.append(self._chosen(target))
-            elif target.varies:
+            if target in write.choosers:
+                continue
+            if target.varies:
                 members.append(
                     self._equal(
                         target, [depth.get(x, x) if x is not None else x for x in target.labels], rank + len(free)
@@ -169,9 +173,9 @@ class IndexMasks:
         for dim, size in enumerate(write.cut or ()):
             if not is_known(size == size_at(node, dim)):
                 node = masks.build.call(aten.slice.Tensor, node, dim, 0, size)
-        axes = [write.chooser.axis if write.chooser is not None and is_free(x) else x for x in write.labels]
+        axes = [write.choosers[0].axis if write.choosers and is_free(x) else x for x in write.labels]
         node = masks.place(masks.align(node, axes, self.rank), self.base, write.axes, rank=self.rank)
-        return node if write.chooser is None else self._take(node, write.chooser.axis)
+        return self._take(node, write.choosers[0].axis) if write.choosers else node
 
     def _diagonal(self, row: int, column: int, offset: int) -> fx.Node:
         rows, columns = self.masks.positions(self.base, row), self.masks.positions(self.base, column)
@@ -220,18 +224,23 @@ class IndexMasks:
 
         return self.masks.shared(("any", mask, dims), fold)
 
-    def _chosen(self, target: Target) -> fx.Node:
-        """Where the target's axis is chosen; which element goes there is noted."""
-        if target.window is not None:
-            return self._window(target, target.window)
-        equal = self._equal(target, [self.rank if is_free(x) else x for x in target.labels], self.rank + 1)
-        build = self.masks.build
+    def _chosen(self, targets: list[Target]) -> fx.Node:
+        """Where the targets' axes are chosen; which element goes there is noted."""
+        if targets[0].window is not None:
+            return self._window(targets[0], targets[0].window)
+        rank = self.rank
+        equal = self.masks.all_of([self._equal(t, [rank if is_free(x) else x for x in t.labels], rank + 1) for t in targets])
+        assert equal is not None
+        masks, build = self.masks, self.masks.build
+        number = masks.positions(equal, -1)
 
-        def first() -> fx.Node:  # at most one index is equal; where none is, nothing is written
-            return build.call(aten.argmax.default, build.cast(equal, torch.int32), -1)
+        def last() -> fx.Node:  # eager leaves it open which of several writers is last; on the CPU it is the last one
+            none = build.scalar(-1, torch.int32, meta.val(equal).device)
+            return build.call(aten.amax.default, masks.select(equal, number, none), [-1])
 
-        self.taken = self.masks.shared(("first", equal), first)
-        return self._any(equal, 1)
+        found = masks.shared(("last", equal), last)
+        self.taken = masks.shared(("taken", found), lambda: build.call(aten.clamp.default, found, 0))
+        return masks.compare(aten.ge, found, 0)
 
     def _window(self, target: Target, ramp: Ramp) -> fx.Node:
         """A run of positions from an offset on: an element's number in the run is its distance from the start."""

@@ -137,7 +137,7 @@ class MaskBuilder:
 
         What it is compared with must fit ``dtype`` too.
         """
-        size, device = self.size(base, axis), meta.val(base).device
+        size, device = self.size(base, axis % meta.val(base).dim()), meta.val(base).device
         dtype = dtype if is_static(size) and size < 2**31 else torch.int64
 
         def make() -> fx.Node:

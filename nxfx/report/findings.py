@@ -27,7 +27,7 @@ CODES: dict[str, str] = {
     "NX103": "an integer-derived fp32 value is rounded before a sensitive use",
     # NX2xx slice assignments
     "NX201": "a slice assignment could not be turned into a mask",
-    "NX202": "a write through integer indices that may repeat is kept",
+    "NX202": "a write through integer indices is kept",
     "NX203": "a dynamic-size read cannot be masked",
     "NX204": "a zero fill multiplies a base that is not proved finite and non-negative",
     # NX3xx 64-bit
