@@ -22,9 +22,10 @@ from nxfx.capture.export import Capture, autocast_state, without_autocast
 from nxfx.capture.shell import Assigned, bind
 from nxfx.capture.standing import Standing
 from nxfx.capture.structure import Flat, at, flatten, unflatten, update
-from nxfx.capture.unlift import CONSTANTS, STATE, own_buffer
+from nxfx.capture.unlift import STATE
 from nxfx.errors import CaptureError, PrepareError
 from nxfx.graph import meta
+from nxfx.graph.attributes import CONSTANTS, own_buffer
 from nxfx.layouts import InputLayouts, overlap
 from nxfx.premises import check_premises, stamp_of
 from nxfx.report import Report

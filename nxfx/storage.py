@@ -23,8 +23,9 @@ from nxfx.boundary import Boundary, InputRule
 from nxfx.capture.export import Capture
 from nxfx.capture.shell import Assigned, Convention
 from nxfx.capture.structure import Container, Leaf, Same, Static
-from nxfx.capture.unlift import constants_to_attributes, mirror, own_buffer
+from nxfx.capture.unlift import constants_to_attributes, mirror
 from nxfx.errors import PrepareError, UsageError
+from nxfx.graph.attributes import own_buffer
 from nxfx.prepared import CapturedCall, PreparedModule, Signature
 from nxfx.report import Report
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from nxfx.analysis.constants import written_constants
 from nxfx.analysis.implied import require
 from nxfx.analysis.index_writes import INDEX_WRITES
+from nxfx.analysis.provenance import Role, Source
 from nxfx.analysis.slice_writes import SliceWrite
 from nxfx.analysis.write_plan import WRITERS, PlannedWrite, WritePlan
 from nxfx.graph import meta, storage
+from nxfx.graph.attributes import new_constant
 from nxfx.graph.builder import NodeBuilder
 from nxfx.graph.index_masks import IndexMasks, IndexWrite
 from nxfx.graph.masks import MaskBuilder, has_shape
@@ -23,7 +27,7 @@ from nxfx.graph.rows import GrowingTensor
 from nxfx.graph.slices import Extent, is_known, is_static
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report.findings import Finding, Severity
-from nxfx.report.rewrites import Kind
+from nxfx.report.rewrites import Kind, Rewrite
 
 aten = torch.ops.aten
 
@@ -97,7 +101,30 @@ class MaskSliceWrites(Pass):
     targets = WRITERS
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
-        return _Rewriter(self, graph_module.graph, context).run()
+        folded = [] if context.is_body else self._fold(graph_module, context)
+        result = _Rewriter(self, graph_module.graph, context).run()
+        return PassResult(bool(folded) or result.changed, folded + result.rewrites, result.findings)
+
+    def _fold(self, graph_module: fx.GraphModule, context: PassContext) -> list[Rewrite]:
+        """Writes into what is made of constants (Swin's window masks) are computed now; equal results are one constant."""
+        graph = graph_module.graph
+        build, known, rewrites = NodeBuilder(graph, self.name), {}, []
+        for node, value in written_constants(graph, context.sources, WRITERS).items():
+            fake = meta.val(node)
+            key = (value.dtype, value.shape, value.stride(), fake.device, _digest(value))
+            if key not in known:
+                name = new_constant(graph_module, value.to(fake.device))
+                with build.before(next(iter(graph.nodes)), node):
+                    known[key] = build.get_attr(name, fake)
+                context.sources[known[key].name] = Source(name, Role.CONSTANT, value)
+            rewrites.append(self.rewrite(node, "mask.constant", Kind.EXACT, _name(node), f"a constant of {value.numel()} elements"))
+            made = known[key]
+            if storage.escapes(node):
+                with build.before(node):
+                    made = build.call(aten.clone.default, made)
+            node.replace_all_uses_with(made)
+            _erase_unused(graph, [node])
+        return rewrites
 
 
 @dataclass
@@ -358,13 +385,22 @@ class _Rewriter:
 
     def _erase(self) -> None:
         """Remove the replaced nodes and the inner links that only they needed."""
-        stack, erased = [planned.node for planned in self.plan.writes], set()
-        while stack:
-            node = stack.pop()
-            if node not in erased and not node.users:
-                erased.add(node)
-                stack += [n for n in node.all_input_nodes if n in self.plan.unused]
-                self.graph.erase_node(node)
+        _erase_unused(self.graph, [planned.node for planned in self.plan.writes], self.plan.unused)
+
+
+def _erase_unused(graph: fx.Graph, stack: list[fx.Node], candidates: Collection[fx.Node] | None = None) -> None:
+    """Remove the nodes of ``stack`` that nothing uses, and then those of ``candidates`` that only they used."""
+    erased = set()
+    while stack:
+        node = stack.pop()
+        if node not in erased and not node.users and node.op == "call_function":
+            erased.add(node)
+            stack += [n for n in node.all_input_nodes if candidates is None or n in candidates]
+            graph.erase_node(node)
+
+
+def _digest(value: torch.Tensor) -> bytes:
+    return hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
 
 
 def _holds(node: fx.Node, dims: tuple[int | None, ...], region: Region) -> bool:

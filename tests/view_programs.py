@@ -32,7 +32,9 @@ class Program:
     steps: list[tuple[str, int, Any]]
 
     def __call__(self, x: Tensor, other: Tensor, position: Tensor) -> tuple[Tensor, ...]:
-        if self.base in ("ones", "zeros"):
+        if self.base == "flags":
+            x = (x > 0).to(self.dtype)
+        elif self.base in ("ones", "zeros"):
             x = getattr(torch, self.base)(self.shape, dtype=self.dtype)
         elif self.base == "transposed" and x.dim() > 1:
             x = x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
@@ -54,7 +56,7 @@ def generate(rng: random.Random, views: int = 4, writes: int = 3) -> Program:
     shape = [rng.choice([1, 2, 3, 4, 5]) for _ in range(rng.randrange(1, 5))]
     if rng.random() < 0.05:
         shape[rng.randrange(len(shape))] = 0
-    program = Program(shape, rng.choice(DTYPES), rng.choice(["input", "ones", "zeros", "transposed"]), [])
+    program = Program(shape, rng.choice(DTYPES), rng.choice(["input", "ones", "zeros", "flags", "transposed"]), [])
     tensors = [torch.zeros(shape, dtype=program.dtype)]
     for _ in range(rng.randrange(1, writes + 1)):
         at = rng.randrange(len(tensors))

@@ -11,9 +11,8 @@ from nxfx.analysis.provenance import Role, Source
 from nxfx.capture.shell import Convention, Shell
 from nxfx.capture.strict import PREFIX, StrictShell
 from nxfx.graph import meta
+from nxfx.graph.attributes import CONSTANTS, own_buffer
 from nxfx.graph.builder import NodeBuilder
-
-CONSTANTS = "_constants"
 
 
 def mirror(model: torch.nn.Module) -> torch.nn.Module:
@@ -31,20 +30,6 @@ def mirror(model: torch.nn.Module) -> torch.nn.Module:
         return twins[id(module)]
 
     return twin(model)
-
-
-def own_buffer(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give ``root`` a buffer under the dotted ``name`` that the model's registries do not share."""
-    *path, leaf = name.split(".")
-    module = root
-    for step in path:
-        child = module._modules.get(step)
-        if child is None:
-            child = module._modules[step] = torch.nn.Module()
-        module = child
-    module.__dict__["_buffers"] = {**module._buffers, leaf: value}
-    if leaf not in module._non_persistent_buffers_set:
-        module.__dict__["_non_persistent_buffers_set"] = {*module._non_persistent_buffers_set, leaf}
 
 
 def unlift(
