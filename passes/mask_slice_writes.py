@@ -87,6 +87,7 @@ class MaskSliceWrites(Pass):
       constant base (the backward of a slice) the pad is all.
     - Writes through nested views are one mask; writes of one number into one base are one mask too. A write of
       everything is its value, a write of nothing is its base.
+    - Writes that together leave nothing of their base (both halves, even and odd positions) are a concatenation.
     - A loop that fills an axis from front to back is a concatenation of its rows: a select of everything at each step
       would cost the whole tensor each time.
     - A write through integer indices becomes ``positions == index``: a KV cache at a tensor position, ``arange``
@@ -155,10 +156,12 @@ class _Rewriter:
         self.masks = MaskBuilder(self.build)
         self.result = PassResult(changed=bool(self.plan.writes))
         self.replaced: dict[fx.Node, fx.Node] = {}
+        self.done: set[fx.Node] = set()
         self.rows: dict[fx.Node, _Rows] = {}
         for chain in self.plan.chains:
             rows = _Rows(chain.axis, chain.writes[-1].node)
             self.rows.update((planned.node, rows) for planned in chain.writes)
+        self.covers = {planned.node: cover for cover in self.plan.covers for planned in cover.writes}
 
     def run(self) -> PassResult:
         for planned in self.plan.writes:
@@ -180,7 +183,9 @@ class _Rewriter:
         if isinstance(write, IndexWrite):
             made = self._indexed(write, planned)
         else:
-            made = self._row(write, planned) if node in self.rows else self._slices(write, planned)
+            make = self._row if node in self.rows else self._part if node in self.covers else self._slices
+            made = make(write, planned)
+        self.done.add(node)
         if made.node is not None:
             result = storage.with_strides_of(self.build, made.node, meta.val(node))
             node.replace_all_uses_with(result)
@@ -260,6 +265,32 @@ class _Rewriter:
         elsewhere = [user for user in readers if not tensor.serve(user, planned.node)]
         whole = elsewhere or planned.node is rows.last or self.plan.writes_on(planned.node) > 1
         return _Made(tensor.whole() if whole else None, "row", "a row of a concatenation")
+
+    def _part(self, write: SliceWrite, planned: PlannedWrite) -> _Made:
+        """One of several writes that leave nothing of the base: side by side they are the result."""
+        cover, words = self.covers[planned.node], "a part of a concatenation"
+        if any(other.node not in self.done for other in cover.writes if other is not planned):
+            return _Made(None, "part", words)
+        shape = list(meta.val(write.base).shape)
+        pieces = [self._piece(other, cover.axis, cover.step) for other in cover.writes]
+        joined = self.build.call(aten.cat.default, pieces, cover.axis + (cover.step > 1))
+        return _Made(joined if has_shape(joined, shape) else self.masks.viewed(joined, shape), "part", words)
+
+    def _piece(self, planned: PlannedWrite, axis: int, step: int) -> fx.Node:
+        """What is written at each position of ``axis``; of a step, with the phases as an axis of their own behind it."""
+        write = planned.write
+        assert isinstance(write, SliceWrite) and write.value.node is not None
+        region, base = write.regions[0], write.base
+        node = self._cast(self._now(write.value.node), base, write.value.casts)
+        if write.value.placed:
+            extent = region.axes[axis]
+            assert isinstance(extent, Extent)
+            node = self.build.call(aten.slice.Tensor, node, axis, extent.start, extent.stop, extent.step)
+            return node if step == 1 else self.build.call(aten.unsqueeze.default, node, axis + 1)
+        shape = [region.count(a) if a == axis else size for a, size in enumerate(region.shape)]
+        node = self.masks.align(node, region.dims[len(region.dims) - meta.val(node).dim() :], len(shape), full=True)
+        node = node if has_shape(node, shape) else self.build.call(aten.expand.default, node, shape)
+        return node if step == 1 else self.build.call(aten.unsqueeze.default, node, axis + 1)
 
     def _filled(self, base: fx.Node, regions: list[Region], number: torch.Tensor, planned: PlannedWrite) -> _Made:
         mask: fx.Node | None = None

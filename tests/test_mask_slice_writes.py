@@ -536,6 +536,28 @@ def test_loops_of_writes_are_concatenations() -> None:
     assert seen["row"] > 80
 
 
+def test_writes_that_leave_nothing_of_their_base_are_a_concatenation() -> None:
+    """Rotary halves and interleaved pairs, in any order, broadcast and cast; not where a half is read in between."""
+
+    def program(x: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        halves, pairs, thirds, columns, read, partial, again = (torch.empty_like(x).copy_(x) for _ in range(7))
+        halves[..., 4:], halves[..., :4] = v[..., :4], -v[..., 4:]
+        pairs[..., 1::2] = v[..., ::2]
+        pairs[..., ::2] = -x[..., 1::2]
+        thirds[:, 2::3], thirds[:, ::3], thirds[:, 1::3] = v[:, :2], v[0, 0, 0], v[:, :1].double()
+        columns[:2], columns[2:] = v[2:], x[:1, :1]
+        read[..., :4] = v[..., :4]
+        kept = read * 2
+        read[..., 4:] = v[..., 4:]
+        partial[..., ::2] = v[..., ::2]
+        again[..., :4], again[..., 4:], again[..., :4] = v[..., :4], v[..., 4:], x[..., 4:]
+        return halves, pairs, thirds, columns, read, kept, partial, again
+
+    for dtype in (torch.float32, torch.bfloat16, torch.int32):
+        _, result, _ = masked(program, nasty(4, 6, 8, dtype=dtype), nasty(4, 6, 8, dtype=dtype).flip(0))
+        assert Counter(rules(result))["part"] == 11
+
+
 def test_steps_of_a_recurrence_are_stacked() -> None:
     def recurrence(x: Tensor) -> Tensor:
         states, state = torch.zeros_like(x), x[:, 0]
@@ -545,7 +567,7 @@ def test_steps_of_a_recurrence_are_stacked() -> None:
         return states
 
     gm, result, _ = masked(recurrence, torch.randn(2, 6, 3), more=[(nasty(2, 6, 3),)])
-    assert rules(result) == ["row"] * 6
+    assert rules(result) == ["part"] * 6
     ops = Counter(n.target for n in gm.graph.nodes)
     assert ops[aten.cat.default] == 1 and not ops[aten.where.self]
 

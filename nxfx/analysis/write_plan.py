@@ -6,7 +6,7 @@ Writes are planned from the last to the first, so that the inner links of a chai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,12 +66,28 @@ class Chain:
     axis: int
 
 
+@dataclass
+class Cover:
+    """Writes whose regions are apart and together all of one axis, and of nothing else of which a part is seen.
+
+    Attributes:
+        writes: in the order of their positions.
+        axis: of the tensor that is written, all other axes of which are written whole.
+        step: 1, or the step that all of them have: each writes one phase.
+    """
+
+    writes: list[PlannedWrite]
+    axis: int
+    step: int
+
+
 class WritePlan:
     """The plan for one graph.
 
     Attributes:
         writes: what is replaced, in graph order.
         kept: writers that stay, each with the property that could not be proved.
+        covers: halves, thirds ... of a tensor that are all that is left of it.
         chains: loops of writes that fill one axis from the front to the back.
         unused: nodes that nothing needs once the plan is carried out.
         uniform, finiteness: what is known of the graph's values.
@@ -95,7 +111,9 @@ class WritePlan:
                 error.nxfx_node = node  # type: ignore[attr-defined]  # the pipeline names it, and the user's line
                 raise
         self.writes = list(reversed(self._planned.values()))
-        self.chains = _chains(self.writes)
+        self.covers = list(self._covers())
+        covered = {id(planned) for cover in self.covers for planned in cover.writes}
+        self.chains = _chains([planned for planned in self.writes if id(planned) not in covered])
 
     def stays(self, node: fx.Node) -> bool:
         """Whether ``node`` will still stand in the graph, and need its inputs."""
@@ -160,6 +178,24 @@ class WritePlan:
         self._release([base])
         return True
 
+    def _covers(self) -> Iterator[Cover]:
+        """Runs of writes of which each rests on the one before, and nothing else does, up to where all is written."""
+        open_runs: dict[fx.Node, tuple[int, list[tuple[Extent, PlannedWrite]]]] = {}
+        for planned in self.writes:
+            extents = _row_extents(planned.write, pieces=True)
+            whole = [axis for axis, shown in extents.items() if _is_only(planned.write, axis)]
+            base = planned.write.base
+            axis, run = open_runs.pop(base, (-1, []))
+            if not whole:
+                continue
+            if axis != whole[0] or self.is_shared(base) or run[0][0].step != extents[whole[0]].step:
+                axis, run = whole[0], []
+            run.append((extents[axis], planned))
+            if _covers_all(run):
+                yield Cover([p for _, p in sorted(run, key=lambda part: part[0].start)], axis, run[0][0].step)
+            else:
+                open_runs[planned.node] = axis, run
+
     def _release(self, candidates: Iterable[fx.Node]) -> None:
         """Note which of ``candidates``, and of what only they need, nothing will need."""
         stack = list(candidates)
@@ -197,14 +233,33 @@ def _chains(writes: list[PlannedWrite]) -> list[Chain]:
     return list(found.values())
 
 
-def _row_extents(write: SliceWrite | IndexWrite) -> dict[int, Extent]:
-    """The axes along which ``write`` puts a tensor at known adjacent positions; none for a write that cannot be part of a chain."""
-    if not isinstance(write, SliceWrite) or len(write.regions) != 1 or write.value.node is None or write.value.placed:
+def _is_only(write: SliceWrite | IndexWrite, axis: int) -> bool:
+    """Whether ``axis`` is the only one that is written in part."""
+    return isinstance(write, SliceWrite) and all(a is None for i, a in enumerate(write.regions[0].axes) if i != axis)
+
+
+def _covers_all(run: list[tuple[Extent, PlannedWrite]]) -> bool:
+    """Whether the parts of one axis are apart and are all of it: neighbours, or one phase of a step each."""
+    parts = sorted((extent for extent, _ in run), key=lambda extent: extent.start)
+    step, size = parts[0].step, parts[0].size
+    if step == 1:
+        return parts[-1].stop == size and all(a == b for a, b in zip([0, *(p.stop for p in parts)], [p.start for p in parts], strict=False))
+    return len(parts) == step and all(p.start == i and p.count * step == size for i, p in enumerate(parts))
+
+
+def _row_extents(write: SliceWrite | IndexWrite, *, pieces: bool = False) -> dict[int, Extent]:
+    """The axes along which ``write`` puts a tensor at known adjacent positions; none for a write that cannot be part of a chain.
+
+    For ``pieces`` the positions may be some steps apart, and the value may have been cut from the same place of another tensor.
+    """
+    if not isinstance(write, SliceWrite) or len(write.regions) != 1 or write.value.node is None:
+        return {}
+    if write.value.placed and not pieces:
         return {}
     base, axes = meta.val(write.base), write.regions[0].axes
     if any(isinstance(a, SymbolicSlice) for a in axes) or not is_static(*base.shape) or not base.is_contiguous():
         return {}
-    return {axis: a for axis, a in enumerate(axes) if isinstance(a, Extent) and a.step == 1 and a.count}
+    return {axis: a for axis, a in enumerate(axes) if isinstance(a, Extent) and a.count and (pieces or a.step == 1)}
 
 
 def _bits(number: torch.Tensor) -> torch.Tensor:
