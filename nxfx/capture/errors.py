@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 
 import torch
+from torch import fx
 
 from nxfx.capture.refusals import LOST_TENSOR, MISFIT, RULES, Diagnosis, dynamic_shapes, plain, raised
 from nxfx.errors import CaptureError
@@ -21,6 +22,8 @@ from nxfx.report.findings import Finding, Severity
 from nxfx.report.locations import Location, frame_rank, locate
 from nxfx.report.report import Report
 from nxfx.report.syntax import READING_BUILTINS, Construct, Site, causes, site_of
+
+_AS_EAGER = "The trace accepts it and would give a graph that is silently different."
 
 
 def translate(error: BaseException, *, model_name: str = "", model: torch.nn.Module | None = None) -> CaptureError:
@@ -68,6 +71,13 @@ def lost_tensor(program: torch.export.ExportedProgram, *, model_name: str = "") 
             site = Site(location, location, Construct()) if location.file else None
             return _capture_error(None, found, site, model_name)
     return None
+
+
+def refused_write(node: fx.Node, construct: str, fix: str) -> CaptureError:
+    """The error for a write in a captured graph that eager refuses, or that means nothing certain."""
+    location = locate(node)
+    site = Site(location, location, Construct()) if location.file else None
+    return _capture_error(None, Diagnosis(construct, Advice("NX201", _AS_EAGER, fix)), site, "")
 
 
 def _capture_error(error: BaseException | None, found: Diagnosis, site: Site | None, model_name: str) -> CaptureError:

@@ -25,6 +25,7 @@ from nxfx.capture.state import ModuleState, writing_line
 from nxfx.capture.strict import StrictShell, export_strict
 from nxfx.capture.structure import Flat, Path, flatten, leaf_names
 from nxfx.capture.unlift import inputs_to_buffers, unlift
+from nxfx.capture.writes import check_writes
 from nxfx.errors import CaptureError, UsageError
 from nxfx.report import Finding, Report, Rewrite, Severity
 
@@ -255,6 +256,7 @@ def _normal_form(program: torch.export.ExportedProgram) -> torch.export.Exported
     lost = errors.lost_tensor(program)
     if lost is not None:
         raise lost
+    check_writes(program)
     # Under autocast the captured ops stand as the model wrote them: only a retrace puts the casts into the graph.
     if autocast_state() is not None or normalise.needs_functionalisation(program.graph_module):
         retraced: torch.export.ExportedProgram = program.run_decompositions({})

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nxfx.capture import branches, tensor_bounds
+from nxfx.capture import branches, memory, tensor_bounds
 from nxfx.capture.session import Session, Site
 from nxfx.capture.windows import check_outputs
 from nxfx.report.findings import Severity
@@ -26,6 +26,7 @@ _HANDLERS: dict[Any, Handler] = {
     torch.Tensor.__getitem__: tensor_bounds.on_getitem,
     torch.Tensor.__setitem__: tensor_bounds.on_setitem,
     **branches.HANDLERS,
+    **memory.HANDLERS,
 }
 
 
