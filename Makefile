@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench wheel-check clean
+.PHONY: help demo test fuzz lint bench wheel-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/dev.stamp ## the four problems, before and after nxfx
 
 test: $(VENV)/dev.stamp ## run the tests (JOBS=2 processes, ARGS="-k narrow")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+fuzz: $(VENV)/dev.stamp ## random programs against eager (ARGS="--what writes|bounds|integers --programs 50000 --seed 0")
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -W ignore tests/fuzz.py $(ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis.constants import written_constants
+from nxfx.analysis.elementwise import EXACT, drop_checks, selected
 from nxfx.analysis.implied import require
 from nxfx.analysis.index_writes import INDEX_WRITES
 from nxfx.analysis.provenance import Role, Source
@@ -36,6 +37,7 @@ _FIXES = {
     "NX202": "index with one 1-d tensor, with torch.arange plus one position, or with the indices of topk or sort",
 }
 _SUMS = frozenset({aten.index_add.default, aten.scatter_add.default})
+_MASKED = frozenset({aten.masked_scatter.default})
 _UNCHANGED = "its base: the write changes nothing"
 
 
@@ -92,9 +94,10 @@ class MaskSliceWrites(Pass):
       would cost the whole tensor each time.
     - A write through integer indices becomes ``positions == index``: a KV cache at a tensor position, ``arange``
       indices, indices of top-k. Of several values for one element the last is written (eager on the CPU does so, and
-      leaves it open elsewhere). Sums over indices that may repeat, and indices along several dims together, stay
-      (NX202).
+      leaves it open elsewhere). Float sums over indices that may repeat stay (NX202); integer sums do not.
     - Eager raises for an index outside its dimension, a mask is just empty there: the boundary refuses such inputs.
+    - ``x[mask] *= 2`` is computed of everything and selected. Values for a mask's elements in turn (``masked_scatter``,
+      ``x[mask] = values``) are taken by rank, ``cumsum(mask) - 1``.
     """
 
     name = "mask-slice-writes"
@@ -173,7 +176,7 @@ class _Rewriter:
 
     def _kept(self, node: fx.Node, reason: str) -> Finding:
         sums = node.target in _SUMS or "reduces" in reason or "added" in reason
-        code = "NX202" if sums or (node.target in INDEX_WRITES and "mask" not in reason) else "NX201"
+        code = "NX202" if sums or (node.target in INDEX_WRITES - _MASKED and "mask" not in reason) else "NX201"
         severity = Severity.INFO if sums else Severity.WARNING
         message = f"{_name(node)} is not turned into a mask: {reason}"
         return self.step.finding(node, code, severity, message, "" if sums else _FIXES[code])
@@ -310,13 +313,19 @@ class _Rewriter:
         if write.is_empty:
             return _Made(self._own(base, planned), "nothing", _UNCHANGED)
         self._require(write, planned)
-        value = None if write.value is None else self._cast(self._now(write.value), base, ())
+        value = None
+        if write.value is not None:
+            whole = self._made_whole(write, planned) if write.is_full else self._now(write.value)
+            value = self._cast(whole, base, ())
         current = IndexMasks(self.masks, self._current(write, base, value))
         mask = current.mask()
+        self._note(write, planned)
         if write.number is not None:
             if mask is not None and not write.accumulate and self._multiplies(base, write.number, planned):
                 return self._product(base, self.masks.negated(mask))
             value = self._number(write.number, base)
+            if current.together is not None and write.accumulate:
+                value = self.build.call(aten.mul.Tensor, current.count(), value)
         else:
             value = current.value()
         if write.accumulate:
@@ -324,7 +333,7 @@ class _Rewriter:
         if mask is None:
             return self._everything(value, base, planned)
         cost = f", {current.comparisons} comparisons of positions" if current.comparisons else ""
-        taken = ", the value gathered" if current.taken is not None else ""
+        taken = ", the value gathered" if current.taken is not None or write.kind == "ranked" else ""
         return _Made(self.masks.select(mask, value, base), f"index-{write.kind}", f"where{taken}{cost}")
 
     def _require(self, write: IndexWrite, planned: PlannedWrite) -> None:
@@ -344,17 +353,43 @@ class _Rewriter:
 
     def _current(self, write: IndexWrite, base: fx.Node, value: fx.Node | None) -> IndexWrite:
         """``write`` in terms of the nodes that the graph holds by now."""
-        current = {}
+        targets = []
         for target in write.targets:
             window = target.window
             if window is not None and window.offset is not None:
                 window = dataclasses.replace(window, offset=self._now(window.offset))
-            current[id(target)] = dataclasses.replace(target, index=self._now(target.index), window=window)
-        choosers = [current[id(target)] for target in write.choosers]
+            targets.append(dataclasses.replace(target, index=self._now(target.index), window=window))
         mask = None if write.mask is None else self._now(write.mask)
-        return dataclasses.replace(
-            write, base=base, value=value, targets=list(current.values()), choosers=choosers, mask=mask
-        )
+        return dataclasses.replace(write, base=base, value=value, targets=targets, mask=mask)
+
+    def _made_whole(self, write: IndexWrite, planned: PlannedWrite) -> fx.Node:
+        """What ``write`` writes, computed of everything, not of the masked elements alone."""
+        args: Any = planned.scatter.args
+        shape = meta.val(write.base).shape
+        masked = meta.val(write.mask).numel() if write.mask is not None else 0
+        made: dict[fx.Node, fx.Node] = {}
+
+        def whole(node: fx.Node) -> fx.Node:
+            part_of = selected(node, args[1], shape)
+            if part_of is not None:
+                drop_checks(node, masked)
+                return self._now(part_of)
+            if node.target not in EXACT or meta.val(node).dim() < meta.val(args[2]).dim():
+                return self._now(node)
+            if node not in made:
+                drop_checks(node, masked)
+                operands, named = fx.node.map_arg((node.args, dict(node.kwargs)), whole)
+                made[node] = self.build.call(node.target, *operands, **named)
+            return made[node]
+
+        assert write.value is not None
+        return whole(write.value)
+
+    def _note(self, write: IndexWrite, planned: PlannedWrite) -> None:
+        """In what respect eager is stricter."""
+        if write.kind == "ranked":
+            name = f"{_name(planned.scatter)}: eager raises when the values do not fill the mask; the graph writes as many as fit"
+            self.result.findings.append(self.step.finding(planned.scatter, "NX201", Severity.INFO, name))
 
     def _multiplies(self, base: fx.Node, number: torch.Tensor, planned: PlannedWrite) -> bool:
         """Whether a fill with ``number`` becomes a multiplication; its premises and its risk are noted."""
@@ -416,7 +451,8 @@ class _Rewriter:
 
     def _erase(self) -> None:
         """Remove the replaced nodes and the inner links that only they needed."""
-        _erase_unused(self.graph, [planned.node for planned in self.plan.writes], self.plan.unused)
+        parts = {part for planned in self.plan.writes for part in _parts(planned.write)}
+        _erase_unused(self.graph, [planned.node for planned in self.plan.writes], self.plan.unused | parts)
 
 
 def _erase_unused(graph: fx.Graph, stack: list[fx.Node], candidates: Collection[fx.Node] | None = None) -> None:
@@ -441,6 +477,18 @@ def _holds(node: fx.Node, dims: tuple[int | None, ...], region: Region) -> bool:
         not isinstance(shown, SymbolicSlice) and is_known(sizes.get(axis, 1) == region.count(axis))
         for axis, shown in enumerate(region.axes)
     )
+
+
+def _parts(write: SliceWrite | IndexWrite) -> set[fx.Node]:
+    """The nodes that compute what is written, of the masked elements alone; not those that something else computes."""
+    found: set[fx.Node] = set()
+    stack = [write.value] if isinstance(write, IndexWrite) and write.is_full else []
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found and (node.target in EXACT or node.target is aten.index.Tensor):
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
 
 
 def _is_select(shown: Any) -> bool:

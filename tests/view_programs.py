@@ -17,9 +17,11 @@ INF, NAN = float("inf"), float("nan")
 NASTY = [0.0, -0.0, 1.0, INF, -INF, NAN, -1.0, 2.5, 300.7, 1e-3]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool]
 VIEWS = ["slice", "slice", "slice", "narrow", "select", "transpose", "permute", "unsqueeze", "squeeze", "view",
-         "diagonal", "split", "unbind"]  # fmt: skip
+         "diagonal", "split", "unbind", "chunk", "unfold", "as_strided", "movedim"]  # fmt: skip
 WRITES = ["fill_", "zero_", "item", "copy_", "copy_broadcast", "copy_cast", "mul_", "add_", "masked_fill_", "mask",
-          "mask_rows", "index_fill_", "index_copy_", "index_add_", "index_put", "position", "scatter", "scatter_value"]  # fmt: skip
+          "mask_rows", "mask_and_slice", "masked_scatter_", "index_fill_", "index_copy_", "index_add_", "index_put",
+          "pairs", "grid", "position", "scatter", "scatter_value", "scatter_order", "scatter_add_", "put_",
+          "accumulate", "functional", "own"]  # fmt: skip
 
 
 @dataclass
@@ -51,9 +53,9 @@ class Program:
         return (x, *reads)
 
 
-def generate(rng: random.Random, views: int = 4, writes: int = 3) -> Program:
+def generate(rng: random.Random, views: int = 5, writes: int = 3) -> Program:
     """A program that eager accepts, except by bad luck."""
-    shape = [rng.choice([1, 2, 3, 4, 5]) for _ in range(rng.randrange(1, 5))]
+    shape = [rng.choice([1, 2, 3, 4, 5]) for _ in range(rng.randrange(1, 6))]
     if rng.random() < 0.05:
         shape[rng.randrange(len(shape))] = 0
     program = Program(shape, rng.choice(DTYPES), rng.choice(["input", "ones", "zeros", "flags", "transposed"]), [])
@@ -106,6 +108,18 @@ def view_of(rng: random.Random, x: Tensor) -> tuple[str, tuple[Any, ...]]:
             return kind, (length, dim, rng.randrange(-(-size // length)))
         if kind == "unbind" and size:
             return kind, (dim, rng.randrange(size))
+        if kind == "chunk" and size:
+            parts = rng.randrange(1, 4)
+            return kind, (parts, dim, rng.randrange(len(x.chunk(parts, dim))))
+        if kind == "unfold" and size and rank < 5:  # of other windows functionalisation clears what lies between
+            length = rng.choice([n for n in range(1, size + 1) if size % n == 0])
+            return kind, (dim, length, length)
+        if kind == "as_strided" and rank and x.is_contiguous() and x.storage_offset() == 0 and x.numel() > 1:
+            step = rng.choice([1, 2, x.shape[-1], x.shape[-1] + 1])
+            start = rng.randrange(x.numel())
+            return kind, ([len(range(start, x.numel(), step))], [step], start)
+        if kind == "movedim" and rank > 1:
+            return kind, (rng.randrange(-rank, rank), rng.randrange(-rank, rank))
     return "squeeze", ()
 
 
@@ -120,6 +134,8 @@ def apply_view(x: Tensor, operation: tuple[str, tuple[Any, ...]]) -> Tensor:
         return x.split(args[0], args[1])[args[2]]
     if kind == "unbind":
         return x.unbind(args[0])[args[1]]
+    if kind == "chunk":
+        return x.chunk(args[0], args[1])[args[2]]
     return getattr(x, kind)(*args)
 
 
@@ -141,8 +157,29 @@ def write_to(rng: random.Random, x: Tensor) -> tuple[Any, ...]:
         return kind, rng.randrange(1, x.dim() + 1)
     if kind == "index_fill_":
         return kind, dim, [rng.randrange(-size, size) for _ in range(rng.randrange(1, size + 1))], number
-    if kind in ("index_copy_", "index_add_"):
+    if kind in ("index_copy_", "index_add_", "accumulate", "scatter_order"):
         return kind, dim, distinct
+    if kind in ("masked_scatter_", "put_", "own"):
+        return kind, number
+    if kind == "mask_and_slice":
+        bounds = rng.choice([(None, None), (0, 1), (1, None), (-1, None), (0, 0)])
+        return (kind, *bounds, number) if x.dim() > 1 else ("mask", number)
+    if kind in ("pairs", "grid"):
+        if x.dim() < 2 or kind == "grid" and x.shape[1] == 0:
+            return "index_fill_", dim, distinct, number
+        places = rng.sample(range(x.shape[0] * x.shape[1]), rng.randrange(1, min(5, x.shape[0] * x.shape[1]) + 1))
+        rows, columns = [p // x.shape[1] for p in places], [p % x.shape[1] for p in places]
+        return kind, rows, columns, number if rng.random() < 0.4 else None
+    if kind == "functional":
+        op = rng.choice(["slice_scatter", "select_scatter", "diagonal_scatter"])
+        start = rng.randrange(-size, size)
+        if op == "select_scatter":
+            return kind, op, (dim, start)
+        if op == "diagonal_scatter" and x.dim() > 1:
+            return kind, op, (rng.randrange(-1, 2), *rng.sample(range(x.dim()), 2))
+        return kind, "slice_scatter", (dim, start, rng.choice([None, size, start + 2, 99]), rng.choice([1, 2]))
+    if kind == "scatter_add_":
+        return kind, dim, rng.randrange(size)
     if kind == "index_put":
         distinct = rng.choice([distinct, sorted(distinct), [d - size for d in distinct]])
         return kind, dim, distinct, number if rng.random() < 0.3 else None
@@ -184,6 +221,38 @@ def apply_write(x: Tensor, operation: tuple[Any, ...], other: Tensor, position: 
         x[source(x.shape[: args[0]]) > 0] = source(x.shape[args[0] :], x.dtype)
     elif kind == "index_fill_":
         x.index_fill_(args[0], torch.tensor(args[1]), args[2])
+    elif kind == "mask_and_slice":
+        x[source(x.shape[:1]) > 0, args[0] : args[1]] = args[2]
+    elif kind == "masked_scatter_":
+        x.masked_scatter_(source(x.shape) > 0, source(x.shape, x.dtype))
+    elif kind == "own":
+        mask = source(x.shape) > 0
+        x[mask] = (x.logical_not() if x.dtype is torch.bool else x * 2 + 1)[mask]
+    elif kind == "put_":
+        x.put_(torch.tensor([x.numel() - 1, 0][: x.numel()]), source([min(2, x.numel())], x.dtype))
+    elif kind == "accumulate":
+        values = source(resized(args[0], len(args[1])), x.dtype).movedim(args[0], 0)
+        x.movedim(args[0], 0).index_put_((torch.tensor(args[1]),), values, accumulate=True)
+    elif kind == "pairs":
+        rows, columns, number = torch.tensor(args[0]), torch.tensor(args[1]), args[2]
+        x[rows, columns] = source((len(args[0]), *x.shape[2:]), x.dtype) if number is None else number
+    elif kind == "grid":
+        rows, columns = sorted(set(args[0])), sorted(set(args[1]))
+        value = source((len(rows), len(columns), *x.shape[2:]), x.dtype) if args[2] is None else args[2]
+        x[torch.tensor(rows)[:, None], torch.tensor(columns)] = value
+    elif kind == "functional":
+        name, where = args
+        part = apply_view(x, (name.removesuffix("_scatter"), where))
+        x.copy_(getattr(torch, name)(x, source(part.shape, x.dtype), *where))
+    elif kind == "scatter_order":
+        dim, order = args
+        shape = [1] * x.dim()
+        shape[dim] = len(order)
+        places = torch.tensor(order).reshape(shape).expand(resized(dim, len(order)))
+        x.scatter_(dim, places, source(resized(dim, len(order)), x.dtype))
+    elif kind == "scatter_add_":
+        values = source(resized(args[0], 1))
+        x.scatter_add_(args[0], (values > 0).long() * args[1], values.to(x.dtype))
     elif kind in ("index_copy_", "index_add_"):
         getattr(x, kind)(args[0], torch.tensor(args[1]), source(resized(args[0], len(args[1])), x.dtype))
     elif kind == "index_put":
@@ -225,6 +294,30 @@ def functional_graph(function: Any, args: tuple[Tensor, ...]) -> tuple[fx.GraphM
     for node in gm.graph.find_nodes(op="get_attr"):
         sources[node.name] = Source(str(node.target), Role.CONSTANT, getattr(gm, str(node.target)))
     return gm, PassContext(sources=sources)
+
+
+def shrunk(program: Program, fails: Any) -> Program:
+    """The shortest program, steps left out one by one, for which ``fails(program)`` still holds."""
+    position = len(program.steps) - 1
+    while position >= 0:
+        fewer = _without(program, position)
+        if fewer is not None and fails(fewer):
+            program, position = fewer, min(position, len(fewer.steps))
+        position -= 1
+    return program
+
+
+def _without(program: Program, position: int) -> Program | None:
+    """``program`` less one step; a view that others rest on is left out with them never: None."""
+    kind = program.steps[position][0]
+    if kind != "view":
+        return Program(program.shape, program.dtype, program.base, program.steps[:position] + program.steps[position + 1 :])
+    number = 1 + sum(step[0] == "view" for step in program.steps[:position])  # tensors[number] is what it makes
+    rest = program.steps[position + 1 :]
+    if any(at == number for _, at, _ in rest):
+        return None
+    rest = [(kind, at - (at > number), operation) for kind, at, operation in rest]
+    return Program(program.shape, program.dtype, program.base, program.steps[:position] + rest)
 
 
 def loop_of_writes(rng: random.Random) -> tuple[list[int], Any]:

@@ -1,246 +1,28 @@
-"""What integer index tensors select: which index an axis in order, which hold one position, which never repeat.
+"""Writes through integer indices, bool masks and diagonals, brought to one form.
 
-A write through integer indices becomes a mask that knows the last writer of each element; where no index repeats that
-is cheaper, and sums need it. :func:`read_index_write` brings ``index_put``, ``index_copy``, ``index_fill``, ``index_add``,
-``scatter`` and ``diagonal_scatter`` to one form; :class:`Indices` holds the proofs.
+A write through integer indices becomes a mask when every written element has one writer, or when all its writers write the
+same value; of several that may write different ones the last one stays, as in eager on a CPU.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from nxfx.analysis.finiteness import Finiteness
-from nxfx.analysis.provenance import Role, Source
-from nxfx.analysis.range_rules import PRESERVING_VIEWS
+from nxfx.analysis.elementwise import is_elementwise
+from nxfx.analysis.indices import Indices, is_index
 from nxfx.analysis.uniform import UniformValues, as_dtype
-from nxfx.analysis.views import COPIES, RESHAPES, argument, slice_step, unit_dims
+from nxfx.analysis.views import argument
 from nxfx.graph import meta
-from nxfx.graph.index_masks import IndexWrite, Label, Ramp, Target, is_free
+from nxfx.graph.index_masks import IndexWrite, Label, Target, is_free
 from nxfx.graph.masks import has_shape, is_one
-from nxfx.graph.regions import Region
 from nxfx.graph.slices import Extent, is_known, is_static
 
 aten = torch.ops.aten
-prims = torch.ops.prims
-_INDEX_DTYPES = (torch.int64, torch.int32)
-
-
-class Indices:
-    """Proofs about the index tensors of one graph.
-
-    Args:
-        sources: placeholder or ``get_attr`` node name → origin.
-        finiteness: where index values cannot be negative.
-    """
-
-    def __init__(self, sources: Mapping[str, Source], finiteness: Finiteness) -> None:
-        self._sources = sources
-        self._finiteness = finiteness
-        self._ramps: dict[fx.Node, Ramp | None] = {}
-
-    def never_negative(self, node: fx.Node) -> bool:
-        """Whether no element counts from the end."""
-        facts = self._finiteness.of(node)
-        return facts.low >= 0 and not facts.premises
-
-    def distinct(self, node: fx.Node, dim: int, size: Any = None) -> bool:
-        """Whether no two elements along ``dim`` are one position (of ``size``, when negative ones count from its end)."""
-        if size is not None and not is_static(size):
-            return False
-        ramp = self.ramp(node)
-        if ramp is not None and ramp.dim == dim and is_static(ramp.count):
-            return ramp.step != 0 and (size is None or abs(ramp.step) * (ramp.count - 1) < size)
-        node = _past_copies(node)
-        constant = self._constant(node)
-        if constant is not None:
-            ordered = (constant if size is None else constant % size).sort(dim).values
-            return not bool((ordered.diff(dim=dim) == 0).any())
-        ordered = _ordered(node)
-        return ordered is not None and ordered[1] == dim
-
-    def bounds(self, node: fx.Node) -> tuple[int, int, bool] | None:
-        """What all elements provably lie in, and whether some are at either end."""
-        ramp = self.ramp(node)
-        if ramp is not None and ramp.offset is None and is_static(ramp.count):
-            ends = (ramp.start, ramp.start + ramp.step * (ramp.count - 1))
-            return min(ends), max(ends), True
-        node = _past_copies(node)
-        constant = self._constant(node)
-        if constant is not None and constant.numel():
-            return int(constant.min()), int(constant.max()), True
-        while node.target in _PARTS:
-            node = node.args[0]  # type: ignore[assignment]
-        ordered = _ordered(node)
-        if ordered is None:
-            return None
-        values: Any = ordered[0].args[0]
-        size: Any = meta.val(values).shape[ordered[1]]
-        return (0, size - 1, False) if is_static(size) else None
-
-    def known_ramp(self, node: fx.Node) -> Ramp | None:
-        """What :meth:`ramp` found before."""
-        return self._ramps.get(node)
-
-    def ramp(self, node: fx.Node) -> Ramp | None:
-        """How ``node`` runs along one of its dims, where it provably does."""
-        chain: list[fx.Node] = []
-        while node not in self._ramps and len(chain) < 32:
-            chain.append(node)
-            operand = node.args[0] if node.op == "call_function" and node.args else None
-            if not isinstance(operand, fx.Node) or node.target not in _RAMP_RULES:
-                break
-            node = operand
-        for link in reversed(chain):
-            if link not in self._ramps:
-                self._ramps[link] = self._ramp_of(link)
-        return self._ramps[chain[0]] if chain else self._ramps.get(node)
-
-    def _ramp_of(self, node: fx.Node) -> Ramp | None:
-        if meta.dtype_of(node) not in _INDEX_DTYPES:
-            return None
-        made = _iota(node)
-        if made is None and node.target in _RAMP_RULES:
-            made = _RAMP_RULES[node.target](self, node)
-        constant = self._constant(node) if made is None else None
-        return _progression(constant) if constant is not None else made
-
-    def _constant(self, node: fx.Node) -> torch.Tensor | None:
-        """The value of a constant that capture lifted (a list of indices in the model's source)."""
-        source = self._sources.get(_past_copies(node).name)
-        if source is None or source.role is not Role.CONSTANT or not source.is_known or source.value is None:
-            return None
-        value = source.value
-        usable = value.numel() <= 1 << 20 and not isinstance(value, meta.FakeTensor) and not value.is_meta
-        return value.detach().cpu() if usable and value.dtype in _INDEX_DTYPES else None
-
-
-# Ops whose second output (or only output) orders a dim: its elements along that dim are distinct. Position of `dim`.
-_ORDERING: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.argsort.default: 1, aten.sort.stable: 2}
-_PARTS = PRESERVING_VIEWS | {aten.slice.Tensor, aten.select.int, aten.expand.default}
-
-
-def _ordered(node: fx.Node) -> tuple[fx.Node, int] | None:
-    """The op that ``node`` holds the order of, and along which dim."""
-    source: Any = node.args[0] if node.target is operator.getitem and node.args[1] == 1 else node
-    if source.target not in _ORDERING or not meta.val(node).dim():
-        return None
-    along = argument(source, _ORDERING[source.target], "dim", -1)
-    return (source, along % meta.val(node).dim()) if is_static(along) else None
-
-
-def _past_copies(node: fx.Node) -> fx.Node:
-    while node.target in COPIES or (
-        node.target is aten._to_copy.default and _is_index(node) and _is_index(node.args[0])
-    ):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _is_index(node: Any) -> bool:
-    return isinstance(node, fx.Node) and meta.dtype_of(node) in _INDEX_DTYPES
-
-
-def _iota(node: fx.Node) -> Ramp | None:
-    start: Any
-    step: Any
-    if node.target not in (aten.arange.default, aten.arange.start, aten.arange.start_step, prims.iota.default):
-        return None
-    if node.target is prims.iota.default:
-        start, step = node.kwargs.get("start", 0), node.kwargs.get("step", 1)
-    else:
-        start = node.args[0] if len(node.args) > 1 else 0
-        step = argument(node, 2, "step", 1)
-    return Ramp(0, start, step, meta.val(node).shape[0]) if is_static(start, step) else None
-
-
-def _progression(constant: torch.Tensor) -> Ramp | None:
-    if constant.dim() != 1 or constant.numel() < 2:
-        return None
-    steps = constant.diff()
-    step = int(steps[0])
-    return Ramp(0, int(constant[0]), step, constant.numel()) if bool((steps == step).all()) else None
-
-
-def _kept(indices: Indices, node: fx.Node) -> Ramp | None:
-    operand: Any = node.args[0]
-    return indices.known_ramp(operand) if _is_index(operand) else None
-
-
-def _reshaped(indices: Indices, node: fx.Node) -> Ramp | None:
-    ramp, dims = _kept(indices, node), unit_dims(node)
-    if ramp is None or dims is None or ramp.dim not in dims or ramp.offset is not None:
-        return None
-    return Ramp(dims.index(ramp.dim), ramp.start, ramp.step, ramp.count)
-
-
-def _expanded(indices: Indices, node: fx.Node) -> Ramp | None:
-    ramp = _kept(indices, node)
-    if ramp is None or ramp.offset is not None:
-        return None
-    args: Any = node.args
-    dim = ramp.dim + meta.val(node).dim() - meta.val(args[0]).dim()
-    return Ramp(dim, ramp.start, ramp.step, ramp.count)
-
-
-def _shifted(indices: Indices, node: fx.Node) -> Ramp | None:
-    """A ramp plus an integer, or plus a tensor that does not vary along the ramp."""
-    args: Any = node.args
-    ramped, other = args[:2]
-    ramp = indices.ramp(ramped)
-    if ramp is None and isinstance(other, fx.Node):
-        ramped, other = other, ramped
-        ramp = indices.ramp(ramped)
-    if ramp is None or ramp.offset is not None or node.kwargs.get("alpha", 1) != 1:
-        return None
-    rank = meta.val(node).dim()
-    dim = ramp.dim + rank - meta.val(ramped).dim()
-    if is_static(other):
-        return Ramp(dim, ramp.start + other, ramp.step, ramp.count)
-    if not isinstance(other, fx.Node) or not _is_index(other):
-        return None
-    shape = meta.val(other).shape
-    along = dim - (rank - len(shape))
-    if along >= 0 and not (is_static(shape[along]) and shape[along] == 1):
-        return None
-    return Ramp(dim, ramp.start, ramp.step, ramp.count, other)
-
-
-def _scaled(indices: Indices, node: fx.Node) -> Ramp | None:
-    args: Any = node.args
-    ramp, factor = _kept(indices, node), args[1]
-    if ramp is None or ramp.offset is not None or not is_static(factor):
-        return None
-    return Ramp(ramp.dim, ramp.start * factor, ramp.step * factor, ramp.count)
-
-
-def _sliced(indices: Indices, node: fx.Node) -> Ramp | None:
-    args: Any = node.args
-    ramp = _kept(indices, node)
-    region = slice_step(node, Region.whole(meta.val(args[0]).shape))
-    if ramp is None or region is None or ramp.offset is not None:
-        return None
-    extent = region.axes[ramp.dim]
-    if isinstance(extent, Extent):
-        return Ramp(ramp.dim, ramp.start + extent.start * ramp.step, ramp.step * extent.step, extent.count)
-    return ramp if extent is None else None
-
-
-_RAMP_RULES: dict[Any, Any] = {
-    **dict.fromkeys((*COPIES, aten._to_copy.default), _kept),
-    **dict.fromkeys(RESHAPES, _reshaped),
-    aten.expand.default: _expanded,
-    aten.slice.Tensor: _sliced,
-    aten.add.Tensor: _shifted,
-    aten.mul.Tensor: _scaled,
-}
-
-# --- the normal form --------------------------------------------------------------------------------------------------
 
 
 def read_index_write(node: fx.Node, indices: Indices, uniform: UniformValues) -> IndexWrite | str:
@@ -256,11 +38,11 @@ def read_index_write(node: fx.Node, indices: Indices, uniform: UniformValues) ->
             return f"{constant} does not fit the dtype of what it is written to"
     reason = read(node, write, indices)
     if reason is None and write.number is not None:
-        write.value, write.labels, write.cut = None, [], None
-    return reason or _unproved(write, indices) or write
+        write.value, write.labels, write.cut, write.reshape, write.is_full = None, [], None, None, False
+    return reason or _unproved(write, indices, uniform) or write
 
 
-def _unproved(write: IndexWrite, indices: Indices) -> str | None:
+def _unproved(write: IndexWrite, indices: Indices, uniform: UniformValues) -> str | None:
     """Which property could not be proved of a write through integer indices; None when it can become a mask."""
     varying = [t for t in write.targets if t.varies]
     for target in write.targets:
@@ -274,25 +56,48 @@ def _unproved(write: IndexWrite, indices: Indices) -> str | None:
             return f"an index of [{held[0]}, {held[1]}] lies outside the dimension of size {size}"
         target.bounds = (low if target.wraps else 0, size - 1)
     if not write.value_is_free:
-        return (
-            "several values may be added to one position" if write.accumulate and varying else _too_many(write, varying)
-        )
-    free = {label for t in varying for label in t.labels if is_free(label)} | {x for x in write.labels if is_free(x)}
-    if len(free) != 1 or not varying:
-        return "its index tensors choose positions along several dims together"
-    write.choosers = varying
-    if len(varying) > 1:
-        return "several values may be added to one position" if write.accumulate else _too_many(write, varying)
+        if write.accumulate and varying and not _counts_exactly(write, varying, uniform):
+            return "several values may be added to one position"
+        return _too_many(write, varying)
+    if write.mask is not None:
+        return None
+    write.repeats = not _has_one_writer(write, varying, indices)
+    if write.accumulate and write.repeats and (meta.val(write.base).dtype.is_floating_point or meta.val(write.base).is_complex()):
+        return "its indices are not provably different from each other, so several values may be added to one position"
+    return None if write.window is not None else _too_many(write, varying)
+
+
+def _counts_exactly(write: IndexWrite, varying: list[Target], uniform: UniformValues) -> bool:
+    """Whether a number added again and again is that number times how often: integers, and floats that stay integers."""
+    dtype, number = meta.val(write.base).dtype, write.number
+    if number is None or dtype is torch.bool or dtype.is_complex:
+        return False
+    if not dtype.is_floating_point:
+        return True
+    first = uniform.value(write.base)
+    if first is None or dtype.itemsize == 1:
+        return False
+    sizes = [size for t in varying for size, label in zip(meta.val(t.index).shape, t.labels, strict=True) if is_free(label)]
+    parts = float(first), float(number)
+    if not is_static(*sizes) or not all(part.is_integer() for part in parts):
+        return False
+    return bool(abs(parts[0]) + math.prod(sizes) * abs(parts[1]) <= 2 / torch.finfo(dtype).eps)
+
+
+def _has_one_writer(write: IndexWrite, varying: list[Target], indices: Indices) -> bool:
+    """Whether no two indices name one element. A run of adjacent positions is noted."""
+    shape = meta.val(write.base).shape
+    free = {label for target in varying for label in target.labels if is_free(label)}
+    if len(varying) > 1 or len(free) > 1:
+        return indices.distinct_together([(target.index, shape[target.axis]) for target in varying])
     chooser = varying[0]
     dim = next(d for d, label in enumerate(chooser.labels) if is_free(label))
-    distinct = indices.distinct(chooser.index, dim, meta.val(write.base).shape[chooser.axis] if chooser.wraps else None)
-    if write.accumulate and not distinct:
-        return "its indices are not provably different from each other, so several values may be added to one position"
+    if not indices.distinct(chooser.index, dim, shape[chooser.axis] if chooser.wraps else None):
+        return False
     ramp = indices.ramp(chooser.index)
-    if distinct and ramp is not None and ramp.dim == dim and ramp.step == 1 and is_static(ramp.count):
+    if ramp is not None and ramp.dim == dim and ramp.step == 1 and is_static(ramp.count):
         chooser.window = ramp
-        return None
-    return _too_many(write, varying)
+    return True
 
 
 # Comparing every position with every index must not cost more than this many times the base, or this many elements.
@@ -314,6 +119,8 @@ def _too_many(write: IndexWrite, varying: list[Target]) -> str | None:
     if not is_static(*sizes.values(), *shape):
         return "the number of its indices is known at run time only"
     work = math.prod(sizes.values())
+    if write.accumulate and write.repeats:
+        work = math.prod(s for axis, s in sizes.items() if axis >= len(shape)) * math.prod(shape)
     if work > max(_FEW_COMPARISONS, _COMPARISONS_PER_ELEMENT * math.prod(shape)):
         return f"comparing its positions with its indices would take {work} comparisons"
     return None
@@ -329,7 +136,7 @@ def _index_put(node: fx.Node, write: IndexWrite, indices: Indices) -> str | None
         return _bool_mask(node, write, *by_axis.popitem())
     if torch.bool in dtypes:
         return "it indexes with a mask and other tensors together"
-    if not by_axis or not all(map(_is_index, by_axis.values())):
+    if not by_axis or not all(map(is_index, by_axis.values())):
         return "its index tensors are not int32 or int64"
     labels = _free_labels([meta.val(index).shape for index in by_axis.values()])
     pending = dict(by_axis)
@@ -365,18 +172,47 @@ def _bool_mask(node: fx.Node, write: IndexWrite, position: int, mask: fx.Node) -
     """A mask of adjacent axes: what is written must be one value, or come from the very places it goes to."""
     shape, masked = meta.val(write.base).shape, meta.val(mask).shape
     write.mask, write.mask_axes = mask, list(range(position, position + len(masked)))
+    write.turn_axes = list(range(position, position + len(masked)))
     if not has_shape(mask, shape[position : position + len(masked)]):
         return "its mask has another shape than what it masks"
     value: Any = write.value
-    own = value is not None and value.target is aten.index.Tensor and value.args[1] == node.args[1]
-    if own and has_shape(value.args[0], shape):  # x[mask] = y[mask]
-        write.value = value.args[0]
-        return _label_value(write, list(range(len(shape))))
-    chosen = -1
-    reason = _label_value(write, [*range(position), chosen, *range(position + len(masked), len(shape))])
-    if reason is None and chosen in write.labels and write.number is None:
-        return "which value goes to a masked element depends on how many come before it"
-    return reason
+    if value is not None and not write.accumulate and is_elementwise(value, node.args[1], shape, len(shape) - position - len(masked)):
+        write.is_full, write.labels = True, list(range(len(shape)))
+        return None
+    return _label_value(write, [*range(position), -1, *range(position + len(masked), len(shape))]) or _in_turn(write)
+
+
+def _in_turn(write: IndexWrite) -> str | None:
+    """The value's elements go to the masked ones in order: how many there are must be known, and none may be added."""
+    if write.value is None or write.number is not None or not write.value_is_free:
+        return None
+    if not is_static(*(write.reshape or meta.val(write.value).shape)):
+        return "which value goes to a masked element depends on how many come before it, and their number on data"
+    return "values are added to masked elements" if write.accumulate else None
+
+
+def _masked_scatter(node: fx.Node, write: IndexWrite, indices: Indices) -> str | None:
+    """``source``'s elements in order, or its rows where the mask was expanded along the last axes."""
+    shape = meta.val(write.base).shape
+    mask: Any = node.args[1]
+    if not is_static(*shape, *meta.val(mask).shape, *meta.val(write.value).shape):  # type: ignore[arg-type]
+        return "its sizes are known at run time only"
+    if mask.target is aten.expand.default:
+        mask = mask.args[0]
+    sizes = [1] * (len(shape) - meta.val(mask).dim()) + list(meta.val(mask).shape)
+    masked = max((axis + 1 for axis, size in enumerate(sizes) if size > 1), default=0)
+    row, count = math.prod(shape[masked:]), meta.val(write.value).numel()  # type: ignore[arg-type]
+    if masked == 0 or sizes[:masked] != list(shape[:masked]) or count % row:
+        mask, masked, row = node.args[1], len(shape), 1
+        if not shape or list(meta.val(node).shape) != list(shape):
+            return "its mask has another shape than what it masks"
+    own = meta.val(mask).shape
+    axes = range(len(shape) - len(own), len(shape))
+    write.mask, write.turn_axes = mask, list(range(masked))
+    write.mask_axes = [None if is_one(size) else axis for axis, size in zip(axes, own, strict=True)]
+    write.reshape = [count // row, *shape[masked:]]
+    write.labels = [-1, *(None if is_one(shape[axis]) else axis for axis in range(masked, len(shape)))]
+    return _in_turn(write)
 
 
 def _in_order(indices: Indices, index: fx.Node, size: Any) -> tuple[int, Extent | None] | None:
@@ -398,11 +234,22 @@ def _in_order(indices: Indices, index: fx.Node, size: Any) -> tuple[int, Extent 
     return ramp.dim, None if extent.is_whole else extent
 
 
+def _single(write: IndexWrite, index: fx.Node) -> str | None:
+    """A write to a tensor without dims, which takes an index of one element."""
+    if not is_static(*meta.val(index).shape) or meta.val(index).numel() != 1:
+        return "the number of its indices is not one"
+    write.reshape = []
+    return None
+
+
 def _along_axis(node: fx.Node, write: IndexWrite, indices: Indices) -> str | None:
     args: Any = node.args
     dim, index = args[1:3]
     shape = meta.val(write.base).shape
-    if not shape or not _is_index(index):
+    if not shape and is_index(index) and argument(node, 4, "alpha", 1) == 1:
+        write.accumulate = node.target is aten.index_add.default
+        return _single(write, index)
+    if not shape or not is_index(index):
         return "its index is not an int32 or int64 tensor over an axis"
     axis = dim % len(shape)
     if node.target is aten.index_add.default and argument(node, 4, "alpha", 1) != 1:
@@ -425,7 +272,10 @@ def _scatter(node: fx.Node, write: IndexWrite, indices: Indices) -> str | None:
     args: Any = node.args
     dim, index = args[1:3]
     shape = meta.val(write.base).shape
-    if not shape or not _is_index(index):
+    if not shape and is_index(index):
+        write.accumulate = node.target is aten.scatter_add.default
+        return _single(write, index)
+    if not shape or not is_index(index):
         return "its index is not an int32 or int64 tensor over an axis"
     axis, sizes = dim % len(shape), meta.val(index).shape
     write.accumulate = node.target is aten.scatter_add.default
@@ -482,6 +332,7 @@ def _label_value(write: IndexWrite, layout: list[Label]) -> str | None:
 _READERS: dict[Any, tuple[Callable[[fx.Node, IndexWrite, Indices], str | None], int]] = {
     aten.index_put.default: (_index_put, 2),
     aten.diagonal_scatter.default: (_diagonal, 1),
+    aten.masked_scatter.default: (_masked_scatter, 2),
     **dict.fromkeys((aten.scatter.src, aten.scatter.value, aten.scatter_add.default), (_scatter, 3)),
     **dict.fromkeys(
         (aten.index_copy.default, aten.index_fill.int_Scalar, aten.index_fill.int_Tensor, aten.index_add.default),

@@ -15,7 +15,8 @@ from torch import fx
 
 from nxfx.analysis import dtype_rules
 from nxfx.analysis.finiteness import Finiteness
-from nxfx.analysis.index_writes import INDEX_WRITES, Indices, read_index_write
+from nxfx.analysis.index_writes import INDEX_WRITES, read_index_write
+from nxfx.analysis.indices import Indices
 from nxfx.analysis.provenance import Source
 from nxfx.analysis.slice_writes import SCATTERS, SliceWrite, read_slice_write, written_value
 from nxfx.analysis.uniform import UniformValues
@@ -30,7 +31,6 @@ aten = torch.ops.aten
 _REDUCES = "it reduces what it writes"
 # Writers that have no mask form, and why.
 KEPT: Mapping[Any, str] = {
-    aten.masked_scatter.default: "the value that goes to a masked element depends on how many come before it",
     aten.scatter.reduce: _REDUCES,
     aten.scatter.value_reduce: _REDUCES,
     aten.scatter_reduce.two: _REDUCES,

@@ -79,8 +79,11 @@ class IndexWrite:
         axes: base axis → the positions written, for axes indexed in order; an axis that is nowhere else is written
             whole.
         targets: axes whose positions are data.
-        choosers: the targets along whose free dim the value differs. Of elements for one position the last is written.
-        mask: a bool tensor over the base's axes ``mask_axes``.
+        repeats: an element may have several writers; the last one stays.
+        mask: a bool tensor over the base's axes ``mask_axes`` (None: a dim of size 1).
+        turn_axes: the axes whose masked elements the value's free dim fills in order.
+        is_full: ``value`` is made element by element from what ``mask`` selects, so it can be made of everything.
+        reshape: a shape that the value is first brought to.
         diagonal: ``(row axis, column axis, offset)``: only elements with column = row + offset are written.
         accumulate: the value is added to what stands there.
         cut: sizes that the value is first narrowed to (a scatter source may be larger than its index).
@@ -92,9 +95,12 @@ class IndexWrite:
     labels: list[Label] = field(default_factory=list)
     axes: dict[int, Axis] = field(default_factory=dict)
     targets: list[Target] = field(default_factory=list)
-    choosers: list[Target] = field(default_factory=list)
+    repeats: bool = False
     mask: fx.Node | None = None
-    mask_axes: list[int] = field(default_factory=list)
+    mask_axes: list[int | None] = field(default_factory=list)
+    turn_axes: list[int] = field(default_factory=list)
+    is_full: bool = False
+    reshape: list[int] | None = None
     diagonal: tuple[int, int, int] | None = None
     accumulate: bool = False
     cut: list[Any] | None = None
@@ -111,14 +117,21 @@ class IndexWrite:
         return self.value is not None and any(map(is_free, self.labels))
 
     @property
+    def window(self) -> Target | None:
+        """The target whose indices are a run of adjacent positions."""
+        return next((target for target in self.targets if target.window is not None), None)
+
+    @property
     def kind(self) -> str:
         """How the positions are given, for the report."""
         if self.mask is not None:
-            return "bool"
+            return "ranked" if self.value_is_free else "bool"
         if self.diagonal is not None:
             return "diagonal"
-        if self.choosers:
-            return "window" if self.choosers[0].window else "several"
+        if self.window is not None:
+            return "window"
+        if self.value_is_free:
+            return "sum" if self.repeats and self.accumulate else "several"
         if any(t.varies for t in self.targets):
             return "member"
         return "position" if self.targets else "order"
@@ -130,8 +143,11 @@ class IndexMasks:
     def __init__(self, masks: MaskBuilder, write: IndexWrite) -> None:
         self.masks, self.write, self.base = masks, write, write.base
         self.rank = meta.val(write.base).dim()
-        # For each position along the chooser's axis, which element of the value goes there.
+        self.free = sorted({x for t in write.targets for x in t.labels if x is not None and x < 0})
+        # Which element of the value goes to a position.
         self.taken: fx.Node | None = None
+        # For a sum: which positions, over the free dims, which come last, are meant.
+        self.together: fx.Node | None = None
         # Positions compared with indices: what the mask costs.
         self.comparisons = 0
 
@@ -144,25 +160,20 @@ class IndexMasks:
             parts.append(masks.align(write.mask, write.mask_axes, rank))
         if write.diagonal is not None:
             parts.append(self._diagonal(*write.diagonal))
-        free = sorted({x for t in write.targets for x in t.labels if x is not None and x < 0})
-        depth = {x: rank + i for i, x in enumerate(free)}
+        depth = {x: rank + i for i, x in enumerate(self.free)}
         members = []
-        if write.choosers:
-            parts.append(self._chosen(write.choosers))
         for target in write.targets:
-            if target in write.choosers:
-                continue
-            if target.varies:
-                members.append(
-                    self._equal(
-                        target, [depth.get(x, x) if x is not None else x for x in target.labels], rank + len(free)
-                    )
-                )
+            axes = [x if x is None else depth.get(x, x) for x in target.labels]
+            if target.window is not None:
+                parts.append(self._window(target, target.window))
+            elif target.varies:
+                members.append(self._equal(target, axes, rank + len(self.free)))
             else:
-                parts.append(self._equal(target, target.labels, rank))
-        together = masks.all_of(members)
-        if together is not None:
-            parts.append(self._any(together, len(free)))
+                parts.append(self._equal(target, axes, rank))
+        self.together = masks.all_of(members)
+        if self.together is not None:
+            last = write.value_is_free and not (write.accumulate and write.repeats)
+            parts.append(self._last(self.together) if last else self._any(self.together, len(self.free)))
         return masks.all_of(parts)
 
     def value(self) -> fx.Node:
@@ -173,9 +184,86 @@ class IndexMasks:
         for dim, size in enumerate(write.cut or ()):
             if not is_known(size == size_at(node, dim)):
                 node = masks.build.call(aten.slice.Tensor, node, dim, 0, size)
-        axes = [write.choosers[0].axis if write.choosers and is_free(x) else x for x in write.labels]
+        if write.reshape is not None and not has_shape(node, write.reshape):
+            if not meta.val(node).is_contiguous():
+                node = masks.build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+            node = masks.viewed(node, write.reshape)
+        if not write.value_is_free:
+            return masks.place(masks.align(node, write.labels, self.rank), self.base, write.axes, rank=self.rank)
+        if write.mask is not None:
+            return self._in_turn(node, write.mask)
+        if write.accumulate and write.repeats:
+            return self._sum(node)
+        axis = next(target.axis for target in write.targets if target.varies)
+        axes = [axis if is_free(x) else x for x in write.labels]
+        if len(self.free) > 1:
+            node, axes = self._joined(node, axis), list(range(self.rank))
         node = masks.place(masks.align(node, axes, self.rank), self.base, write.axes, rank=self.rank)
-        return self._take(node, write.choosers[0].axis) if write.choosers else node
+        return self._take(node, axis)
+
+    def _sizes(self) -> list[int]:
+        """The sizes of the free dims."""
+        sizes = {
+            label: meta.val(target.index).shape[dim] for target in self.write.targets for dim, label in enumerate(target.labels)
+        }
+        return [sizes[label] for label in self.free]
+
+    def _joined(self, node: fx.Node, axis: int) -> fx.Node:
+        """``node`` over the base's axes, its free dims as one that stands at ``axis``."""
+        masks, build, count = self.masks, self.masks.build, len(self.free)
+        axes = [self.free.index(x) if x is not None and x < 0 else x if x is None else count + x for x in self.write.labels]
+        node = masks.align(node, axes, count + self.rank, full=True)
+        sizes = [*self._sizes(), *(masks.size(node, dim) for dim in range(count, count + self.rank))]
+        node = self._expanded(node, sizes)
+        before, after = range(count, count + axis), range(count + axis, count + self.rank)
+        node = build.call(aten.permute.default, node, [*before, *range(count), *after])
+        node = build.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return masks.viewed(node, [*sizes[count : count + axis], math.prod(sizes[:count]), *sizes[count + axis + 1 :]])
+
+    def _sum(self, node: fx.Node) -> fx.Node:
+        """For each position the sum of the elements that go there."""
+        masks, build, depth = self.masks, self.masks.build, self.rank + len(self.free)
+        assert self.together is not None
+        axes = [self.rank + self.free.index(x) if x is not None and x < 0 else x for x in self.write.labels]
+        node = masks.place(masks.align(node, axes, depth), self.base, self.write.axes, rank=depth)
+        dtype = meta.val(node).dtype
+        zero = build.scalar(0, dtype, meta.val(node).device)
+        apart = masks.select(self.together, node, zero)
+        return build.call(aten.sum.dim_IntList, apart, [-1 - d for d in range(len(self.free))], dtype=dtype)
+
+    def count(self) -> fx.Node:
+        """How many indices name a position, in the base's dtype."""
+        assert self.together is not None
+        dims = [-1 - d for d in range(len(self.free))]
+        dtype = meta.val(self.base).dtype
+        total = self.masks.build.call(aten.sum.dim_IntList, self.together, dims, dtype=torch.int64)
+        return total if dtype == torch.int64 else self.masks.build.cast(total, dtype)
+
+    def _in_turn(self, node: fx.Node, mask: fx.Node) -> fx.Node:
+        """For each masked element, in order, the next of the value's."""
+        masks, build, axes = self.masks, self.masks.build, self.write.turn_axes
+        first, count = axes[0], len(axes)
+        rank = self.rank - count + 1  # the masked axes are one
+        own = [first if is_free(x) else x if x is None or x < first else x - count + 1 for x in self.write.labels]
+        node = masks.align(node, own, rank)
+        dim = meta.val(node).dim() - (rank - first)
+        given = size_at(node, dim)
+        sizes = [masks.size(self.base, axis) for axis in axes]
+
+        def turn() -> fx.Node:
+            flat = mask
+            if meta.val(mask).dim() != 1 or count != 1:
+                flat = masks.align(mask, [a if a in axes else None for a in self.write.mask_axes], self.rank, full=True)
+                flat = self._expanded(flat, [sizes[axes.index(a)] if a in axes else 1 for a in range(self.rank)])
+                flat = build.call(aten.clone.default, flat, memory_format=torch.contiguous_format)
+                flat = build.call(aten.view.default, flat, [-1])
+            counted = build.call(aten.cumsum.default, flat, 0, dtype=torch.int32)
+            return build.call(aten.clamp.default, build.call(aten.sub.Tensor, counted, 1), 0, given - 1)
+
+        taken = masks.shared(("turn", mask, given, *axes), turn)
+        picked = build.call(aten.index_select.default, node, dim, taken)
+        around = [masks.size(picked, d) for d in range(meta.val(picked).dim())]
+        return masks.viewed(picked, [*around[:dim], *sizes, *around[dim + 1 :]])
 
     def _diagonal(self, row: int, column: int, offset: int) -> fx.Node:
         rows, columns = self.masks.positions(self.base, row), self.masks.positions(self.base, column)
@@ -224,23 +312,22 @@ class IndexMasks:
 
         return self.masks.shared(("any", mask, dims), fold)
 
-    def _chosen(self, targets: list[Target]) -> fx.Node:
-        """Where the targets' axes are chosen; which element goes there is noted."""
-        if targets[0].window is not None:
-            return self._window(targets[0], targets[0].window)
-        rank = self.rank
-        equal = self.masks.all_of([self._equal(t, [rank if is_free(x) else x for x in t.labels], rank + 1) for t in targets])
-        assert equal is not None
+    def _last(self, together: fx.Node) -> fx.Node:
+        """Where ``together`` holds anywhere along the free dims; the last such place is noted."""
         masks, build = self.masks, self.masks.build
-        number = masks.positions(equal, -1)
+        sizes = self._sizes()
+        device = meta.val(together).device
 
-        def last() -> fx.Node:  # eager leaves it open which of several writers is last; on the CPU it is the last one
-            none = build.scalar(-1, torch.int32, meta.val(equal).device)
-            return build.call(aten.amax.default, masks.select(equal, number, none), [-1])
+        def last() -> fx.Node:
+            order = build.call(aten.arange.default, math.prod(sizes), dtype=torch.int32, device=device)
+            order = masks.viewed(order, sizes) if len(sizes) > 1 else order
+            none = build.scalar(-1, torch.int32, device)
+            places = masks.select(together, order, none)
+            return build.call(aten.amax.default, places, [-1 - d for d in range(len(sizes))])
 
-        found = masks.shared(("last", equal), last)
-        self.taken = masks.shared(("taken", found), lambda: build.call(aten.clamp.default, found, 0))
-        return masks.compare(aten.ge, found, 0)
+        number = masks.shared(("last", together), last)
+        self.taken = masks.shared(("taken", number), lambda: build.call(aten.clamp.default, number, 0))
+        return masks.compare(aten.ge, number, 0)
 
     def _window(self, target: Target, ramp: Ramp) -> fx.Node:
         """A run of positions from an offset on: an element's number in the run is its distance from the start."""
