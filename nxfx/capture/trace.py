@@ -52,7 +52,12 @@ def is_tracing(tensor: torch.Tensor) -> bool:
     """Whether operations on ``tensor`` are recorded, not computed."""
     if isinstance(tensor, FakeTensor):
         return True
-    return get_proxy_mode() is not None and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return get_proxy_mode() is not None and not is_wrapped(tensor)
+
+
+def is_wrapped(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` belongs to a ``torch.func`` transform: it has no memory of its own."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def literal(tensor: torch.Tensor) -> Any:

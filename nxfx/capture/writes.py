@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.capture import errors
+from nxfx.capture import errors, trace
 from nxfx.graph import meta, walk
 
 aten = torch.ops.aten
@@ -306,7 +306,8 @@ def _memory(node: Any) -> Any:
 
 
 def _memory_of(value: torch.Tensor) -> int:
-    return int(value.untyped_storage()._cdata) if value.layout is torch.strided else id(value)
+    wrapped = value.layout is not torch.strided or trace.is_wrapped(value)
+    return id(value) if wrapped else int(value.untyped_storage()._cdata)
 
 
 def _leaves(values: Any) -> Iterator[Any]:
