@@ -467,6 +467,8 @@ def _erase_unused(graph: fx.Graph, stack: list[fx.Node], candidates: Collection[
 
 
 def _digest(value: torch.Tensor) -> bytes:
+    if value.numel() == 0:  # torch takes any strides for contiguous there
+        return b""
     return hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
 
 
