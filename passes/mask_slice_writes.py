@@ -467,9 +467,9 @@ def _erase_unused(graph: fx.Graph, stack: list[fx.Node], candidates: Collection[
 
 
 def _digest(value: torch.Tensor) -> bytes:
-    if value.numel() == 0:  # torch takes any strides for contiguous there
-        return b""
-    return hashlib.sha256(value.contiguous().view(-1).view(torch.uint8).numpy().data).digest()
+    # Not contiguous(): a tensor of one element or none is that already, whatever its strides.
+    flat = value.clone(memory_format=torch.contiguous_format).view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).digest()
 
 
 def _holds(node: fx.Node, dims: tuple[int | None, ...], region: Region) -> bool:
