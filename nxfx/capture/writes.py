@@ -36,7 +36,7 @@ def _overloads(name: str) -> Iterator[Any]:
 
 
 _UNCHECKED = frozenset(op for name in _WRITERS for op in _overloads(name))
-_LARGEST = 1 << 30  # bytes of stand-in memory for one write
+_LARGEST = 1 << 28  # bytes of stand-in memory for one write
 _FOLDED = 1 << 16  # elements of an index that is computed from constants
 _CLONE = "clone() what is read: x[:, 1:] = x[:, :-1].clone()"
 

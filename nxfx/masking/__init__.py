@@ -1,0 +1,1 @@
+"""What mask-slice-writes is made of: slices, positions that are data, and writes into constants."""
