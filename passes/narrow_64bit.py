@@ -245,7 +245,8 @@ class _NarrowIntegers(Narrower):
         wide = self.book.is_wide(node)
         follows = rule.result is Result.FOLLOWS
         narrow = all(self.book.takes(n, node) for n in values) and (not (wide and follows) or self._fits(node, rule.forced))
-        if narrow and not (self._numbers_fit(node, values) and self._shifts_fit(node)):
+        promotes = wide and follows and not values and node.target in integer_ops.POINTWISE
+        if narrow and not (_numbers_are_int32(node) if promotes else self._numbers_fit(node, values) and self._shifts_fit(node)):
             narrow = False
             message = f"`{op_name(node)}` takes a number or a shift beyond 32 bits: it is computed in int64"
             self.result.findings.append(self.step.finding(node, "NX301", Severity.WARNING, message, "keep it within int32 in the model"))
@@ -266,7 +267,7 @@ class _NarrowIntegers(Narrower):
             elif outputs is None or any(meta_dtype == torch.int64 for meta_dtype in _dtypes(node, outputs)):
                 self.book.in_place(node, outputs)
                 self._record(node, "follow")
-        elif follows and node.target in integer_ops.POINTWISE - integer_ops.CHOICES:
+        elif promotes:
             self._promote(node)
         elif "out_int32" in _keywords(node) and self._fits(node):
             node.update_kwarg("out_int32", True)
@@ -286,11 +287,11 @@ class _NarrowIntegers(Narrower):
             self.record(node, "dense-index", "expanded index", "dense index")
 
     def _promote(self, node: fx.Node) -> None:
-        """``bool + 1`` is int64; with the operand as int32 it is int32."""
-        for operand in node.all_input_nodes:
-            if meta.is_tensor(operand):
+        """``bool + 1`` is int64; with the operand as int32 it is int32. The condition of a ``where`` stays a bool."""
+        for position, operand in enumerate(node.args):
+            if meta.is_tensor(operand) and not (position == 0 and node.target in integer_ops.CHOICES):
                 with self.book.build.before(node):
-                    node.replace_input_with(operand, self.book.build.cast(operand, torch.int32))
+                    node.update_arg(position, self.book.build.cast(operand, torch.int32))
         self.book.in_place(node)
         self._record(node, "promotion")
 
