@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from nxfx.analysis.bodies import operand_sources
 from nxfx.analysis.provenance import Premise, Source
 from nxfx.errors import NxfxError, PassError, UsageError
 from nxfx.graph import invariants, walk
@@ -46,7 +47,7 @@ class PassContext:
 
     Attributes:
         target: the Neuron generation.
-        sources: placeholder or ``get_attr`` node name → where it comes from. A body of a higher-order op has none.
+        sources: placeholder or ``get_attr`` node name → where it comes from. Of a body's placeholders: what is proved of them.
         training: the graph will be differentiated, or is a joint forward/backward graph.
         premises: facts about present buffer values that proofs rest on; passes append.
         requirements: input name → inclusive ``(low, high)`` that the boundary must enforce; passes add.
@@ -60,9 +61,9 @@ class PassContext:
     requirements: dict[str, tuple[int, int]] = field(default_factory=dict)
     is_body: bool = False
 
-    def for_body(self) -> PassContext:
-        """The context for the body of a higher-order op: nothing is known of its operands."""
-        return dataclasses.replace(self, sources={}, is_body=True)
+    def for_body(self, operands: dict[str, Source]) -> PassContext:
+        """The context for the body of a higher-order op, with what is known of its operands."""
+        return dataclasses.replace(self, sources=operands, is_body=True)
 
 
 class Pass(ABC):
@@ -368,11 +369,12 @@ class Pipeline:
             run = PassRun(step.name, nodes_before=sum(len(s.graph_module.graph.nodes) for s in scopes))
             drawn = [invariants.drawing(s.graph_module) for s in scopes] if verify_each else []
             started = time.perf_counter()
-            for scope in scopes:
-                if not step.wanted(scope.graph_module.graph):
-                    continue
+            wanted = [scope for scope in scopes if step.wanted(scope.graph_module.graph)]
+            operands = operand_sources(graph_module, context.sources, context.requirements) if any(s.is_body for s in wanted) else {}
+            for scope in wanted:
                 run.ran = True
-                outcome = _run_one(step, scope, context)
+                within = context.for_body(operands.get(scope.graph_module, {})) if scope.is_body else context
+                outcome = _run_one(step, scope, within)
                 run.changed |= outcome.changed
                 run.rewrites += len(outcome.rewrites)
                 run.findings += len(outcome.findings)
@@ -399,7 +401,7 @@ class Pipeline:
 
 def _run_one(step: Pass, scope: walk.Scope, context: PassContext) -> PassResult:
     try:
-        return step.run(scope.graph_module, context.for_body() if scope.is_body else context)
+        return step.run(scope.graph_module, context)
     except NxfxError:
         raise
     except Exception as error:
@@ -414,7 +416,7 @@ def _run_one(step: Pass, scope: walk.Scope, context: PassContext) -> PassResult:
 
 def _verify(step: Pass, scopes: list[walk.Scope], contracts: list[invariants.Contract]) -> None:
     for scope, contract in zip(scopes, contracts, strict=True):
-        broken = invariants.check(scope.graph_module, contract)
+        broken = invariants.check(scope.graph_module, contract, may_narrow=scope.is_body)
         if broken:
             first = broken[0]
             node = next((n for n in scope.graph_module.graph.nodes if n.name == first.node), None)

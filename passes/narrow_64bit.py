@@ -13,8 +13,10 @@ from nxfx.analysis import integer_ops
 from nxfx.analysis.integer_ops import IntegerRule, Result
 from nxfx.analysis.intervals import INT32, INT64, Interval, fits
 from nxfx.analysis.ranges import analyse
-from nxfx.graph import meta
+from nxfx.graph import meta, walk
+from nxfx.graph.higher_order import Slot, take_apart
 from nxfx.narrowing.base import Narrower
+from nxfx.narrowing.bodies import agreeing, retype
 from nxfx.narrowing.floats import NarrowFloats
 from nxfx.narrowing.verdicts import assumptions, op_name, why_kept
 from nxfx.pipeline import Pass, PassContext, PassResult
@@ -144,6 +146,8 @@ class _NarrowIntegers(Narrower):
             self.metadata_assert(node)
         elif self.book.is_own_cast(node):
             return
+        elif walk.is_higher_order(node):
+            self._higher_order(node)
         elif node.target is operator.getitem:
             self._getitem(node)
         elif rule is None or node in self.memory or isinstance(node.kwargs.get("sorter"), fx.Node):
@@ -194,6 +198,35 @@ class _NarrowIntegers(Narrower):
             self.result.findings.append(self.step.finding(node, "NX304", Severity.INFO, message))
             self.record(node, "local-cast", "int32", "int64")
         self._settle(node)
+
+    def _higher_order(self, node: fx.Node) -> None:
+        """Values that fit cross the edge of a body as int32, on both sides of it; the body itself has had its turn."""
+        call = take_apart(node)
+        slots = call.slots if call is not None else []
+        narrow = agreeing(slots, [s for s in slots if self._slot_fits(node, s)])
+        operands = [v for s in narrow for v in s.operands]
+        self.book.widen(node, [n for n in self.book.operands(node) if n not in operands])
+        self._take(node, operands)
+        for slot in narrow:
+            retype(slot, torch.int32, self.step.name)
+            self._record(node, "body")
+        if results := {s.result for s in narrow if s.result is not None}:
+            self.book.in_place(node, results)
+        self.book.changed |= bool(narrow)
+        self._settle(node)
+
+    def _slot_fits(self, node: fx.Node, slot: Slot) -> bool:
+        if any(meta.dtype_of(n) is not torch.int64 for n in (*slot.placeholders, *slot.returned())):
+            return False
+        if not all(isinstance(v, fx.Node) and self.book.takes(v, node) for v in slot.operands):
+            return False
+        if any(p in _read_as_memory(p.graph) for p in slot.placeholders):
+            return False
+        proved = self.options.mode == "proved"
+        inside = [self.ranges.operands.get(p, (INT64, INT64))[proved] for p in slot.placeholders]
+        outside = [self._bounds(v)[0] or INT64 for v in slot.operands]
+        results = [self._bounds(node)[slot.result] or INT64] if slot.result is not None else []
+        return all(fits(b, INT32) for b in (*inside, *outside, *results))
 
     def _factory(self, node: fx.Node) -> None:
         if not self.book.is_wide(node):
@@ -289,7 +322,7 @@ class _NarrowIntegers(Narrower):
     def _promote(self, node: fx.Node) -> None:
         """``bool + 1`` is int64; with the operand as int32 it is int32. The condition of a ``where`` stays a bool."""
         for position, operand in enumerate(node.args):
-            if meta.is_tensor(operand) and not (position == 0 and node.target in integer_ops.CHOICES):
+            if isinstance(operand, fx.Node) and meta.is_tensor(operand) and not (position == 0 and node.target in integer_ops.CHOICES):
                 with self.book.build.before(node):
                     node.update_arg(position, self.book.build.cast(operand, torch.int32))
         self.book.in_place(node)

@@ -586,7 +586,7 @@ def test_a_dynamic_dimension_without_a_maximum_is_reported() -> None:
 # --- other graphs -------------------------------------------------------------------------------------------------------
 
 
-def test_trap_29_bodies_are_narrowed_inside_and_their_operands_stay() -> None:
+def test_trap_29_bodies_are_narrowed_inside_and_operands_that_may_not_fit_stay() -> None:
     def model(x: torch.Tensor, flag: torch.Tensor) -> tuple[torch.Tensor]:
         def true_branch(v: torch.Tensor) -> torch.Tensor:
             return (v % 7) + torch.arange(4)

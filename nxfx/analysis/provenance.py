@@ -27,7 +27,9 @@ class Source:
         role: see :class:`Role`.
         value: the tensor it holds now (parameters, buffers, constants), None when unknown or fake.
         mutated: the graph writes it, so ``value`` proves nothing.
-        range: declared inclusive ``(low, high)``, None when not declared.
+        range: declared inclusive ``(low, high)``, None when not declared. Of an operand: what is proved of it.
+        assumed: of an operand of a higher-order op's body: its bounds when undeclared inputs of the model fit int32.
+        culprit: of such an operand: the user's name for an undeclared input that ``assumed`` depends on.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Source:
     value: torch.Tensor | None = None
     mutated: bool = False
     range: tuple[int, int] | None = None
+    assumed: tuple[int, int] | None = None
+    culprit: str | None = None
 
     @property
     def is_known(self) -> bool:

@@ -130,11 +130,12 @@ def _is_whole(call: Call) -> bool:
     """Whether every placeholder, output and result has its slot: a convention that torch changed is not guessed at."""
     named = [p for slot in call.slots for p in slot.placeholders]
     returned = [o for slot in call.slots for o in slot.outputs]
+    returning = [b for b in call.bodies if b is not call.condition]
     values = call.node.meta.get("val")
     results = [slot.result for slot in call.slots if slot.result is not None]
     return (
         sorted(map(id, named)) == sorted(id(p) for b in call.bodies for p in _placeholders(b))
-        and {(id(b), i) for b, i in returned} == {(id(b), i) for b in call.bodies if b is not call.condition for i in range(len(outputs_of(b)))}
+        and {(id(b), i) for b, i in returned} == {(id(b), i) for b in returning for i in range(len(outputs_of(b)))}
         and isinstance(values, (list, tuple))
         and sorted(results) == list(range(len(values)))
     )

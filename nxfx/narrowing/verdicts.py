@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,9 @@ _BOUND_IT = "bound it in the model, e.g. with clamp or remainder"
 
 
 def op_name(node: fx.Node) -> str:
-    """The op's name as the user knows it: ``add`` for ``aten.add.Tensor``."""
+    """The op's name as the user knows it: ``add`` for ``aten.add.Tensor``, ``topk`` for one of its outputs."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return op_name(node.args[0])
     return str(getattr(node.target, "__name__", node.target)).split(".")[0]
 
 
@@ -26,14 +29,13 @@ def why_kept(
     node: fx.Node, bounds: Interval | None, ranges: Ranges, context: PassContext
 ) -> tuple[str, str, str]:
     """Code, reason and fix for a value that may not fit int32."""
-    culprit = ranges.culprit(node)
-    origin = context.sources.get(culprit.name) if culprit is not None else None
-    fix = f'declare ranges={{"{origin.name}": (low, high)}}' if origin is not None else _BOUND_IT
+    culprit = ranges.culprit_name(node)
+    fix = f'declare ranges={{"{culprit}": (low, high)}}' if culprit is not None else _BOUND_IT
     if node.op == "call_function":
         return "NX301", f"`{op_name(node)}` {_reach(bounds)}", fix
     source = context.sources.get(node.name)
-    if source is None:
-        return "NX301", f"`{node.name}` is an operand of a higher-order op: no bound is known", "cast it to int32 inside"
+    if source is None or context.is_body:
+        return "NX301", f"`{node.name}`, an operand of a higher-order op, {_reach(bounds)}", fix
     if source.role in (Role.BUFFER, Role.PARAMETER, Role.CONSTANT) and source.is_known:
         return "NX306", f"`{source.name}` holds values beyond int32", "store it in 32 bits, or split it"
     return "NX301", f"`{source.name}` may hold values beyond int32", fix
