@@ -52,6 +52,7 @@ class PassContext:
         premises: facts about present buffer values that proofs rest on; passes append.
         requirements: input name → inclusive ``(low, high)`` that the boundary must enforce; passes add.
         is_body: the graph is the body of a higher-order op.
+        assumed_sizes: dynamic dimensions that proofs take to stay below 2**31, which the boundary must enforce; passes add.
     """
 
     target: Target = field(default_factory=lambda: get_target("trn2"))
@@ -60,6 +61,7 @@ class PassContext:
     premises: list[Premise] = field(default_factory=list)
     requirements: dict[str, tuple[int, int]] = field(default_factory=dict)
     is_body: bool = False
+    assumed_sizes: set[str] = field(default_factory=set)
 
     def for_body(self, operands: dict[str, Source]) -> PassContext:
         """The context for the body of a higher-order op, with what is known of its operands."""
@@ -251,8 +253,12 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """From text: ``"lift-int-casts,mask-slice-writes{multiply=off}"``; ``"default"`` stands for the default passes."""
+        """From text: ``"lift-int-casts,mask-slice-writes{multiply=off}"``.
+
+        ``"default"`` stands for the default passes; a pass named after it sets options there: ``"default,narrow-64bit{mode=proved}"``.
+        """
         pipeline: list[Pass] = []
+        default: list[Pass] = []  # what "default" stands for, less what has been named since
         position, text = 0, text.strip()
         pattern = re.compile(r"\s*([\w.-]+)\s*(?:\{([^}]*)\})?\s*(?:,|$)")
         while position < len(text):
@@ -262,7 +268,8 @@ class Pipeline:
             name, options = match.groups()
             position = match.end()
             if name == "default" and options is None:
-                pipeline.extend(cls.default().steps)
+                default = list(cls.default().steps)
+                pipeline.extend(default)
                 continue
             changes = {}
             for item in filter(None, (o.strip() for o in re.split(r"[;,]", options or ""))):
@@ -272,7 +279,13 @@ class Pipeline:
                 if key.strip() in changes:
                     raise UsageError(f"pass {name!r}: option {key.strip()!r} is given twice")
                 changes[key.strip()] = value.strip()
-            pipeline.append(_with_options(_pass_class(name)(), changes))
+            step = _with_options(_pass_class(name)(), changes)
+            replaced = next((given for given in default if given.name == name), None)
+            if replaced is None or not changes:
+                pipeline.append(step)
+            else:
+                pipeline[pipeline.index(replaced)] = step
+                default.remove(replaced)
         return cls(pipeline)
 
     @property

@@ -79,7 +79,7 @@ class CapturedCall:
         self.sources = capture.sources
         self.plain = capture.plain_tensors
         self.state_inputs = capture.state_inputs
-        self.shapes = ShapeGuard(self.graph_module)
+        self.shapes = ShapeGuard(self.graph_module, boundary.largest_size)
         names = self.convention.input_names
         self._passed = [i for i, n in enumerate(names) if n not in self.state_inputs]
         self.placeholders = [meta.val(n) for n in self.graph_module.graph.find_nodes(op="placeholder")]

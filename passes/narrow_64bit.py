@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from nxfx.analysis import integer_ops
+from nxfx.analysis.assumptions import assume_small_sums
 from nxfx.analysis.integer_ops import IntegerRule, Result
-from nxfx.analysis.intervals import INT32, INT64, Interval, fits
+from nxfx.analysis.intervals import INT32, INT64, Interval, fits, meet
 from nxfx.analysis.ranges import analyse
 from nxfx.graph import meta, walk
 from nxfx.graph.higher_order import Slot, take_apart
@@ -32,8 +33,9 @@ class NarrowOptions:
     """Options of narrow-64bit.
 
     Attributes:
-        mode: ``"assume"`` takes undeclared int64 inputs to fit int32 and has the boundary enforce it; ``"proved"`` narrows only what
-            holds for every input; ``"aggressive"`` narrows unproved values too, as every layer below does, and reports each.
+        mode: ``"assume"`` takes undeclared int64 inputs to fit int32, and those that are summed to be as small as the sums need (far
+            above the example's values), and has the boundary enforce it; ``"proved"`` narrows only what holds for every input;
+            ``"aggressive"`` narrows unproved values too, as every layer below does, and reports each.
         boundary: ``"narrow"`` casts 64-bit outputs down and back up, so that the boundary can take both casts out of the graph;
             ``"keep"`` hands an output that an op makes in int64 on as it is.
         fp64: ``"keep"`` reports float64 and complex128, and narrows constants where that changes no bit; ``"narrow"`` computes in
@@ -124,6 +126,8 @@ class _NarrowIntegers(Narrower):
         super().__init__(step, gm, context, torch.int64)
         self.unproved: dict[fx.Node, None] = {}
         self.ranges = analyse(gm, context.sources, context.requirements)
+        if self.options.mode == "assume":
+            self.ranges = assume_small_sums(gm, context.sources, context.requirements, self.ranges)
         self.memory = _read_as_memory(gm.graph)
 
     def run(self, nodes: list[fx.Node]) -> PassResult:
@@ -133,6 +137,7 @@ class _NarrowIntegers(Narrower):
         for node in self.unproved:
             message = f"`{op_name(node)}` is narrowed without proof (mode=aggressive)"
             self.result.findings.append(self.step.finding(node, "NX301", Severity.WARNING, message))
+        self.context.assumed_sizes.update(map(str, self.ranges.dims))
         self.result.findings += assumptions(self.gm, self.ranges, self.context)
         return self.finish()
 
@@ -168,6 +173,8 @@ class _NarrowIntegers(Narrower):
             return
         if node in self.memory:
             self.keep(node, "NX301", "`as_strided` reads its memory, which a cast would pack", "index or slice it instead")
+            if self.options.mode != "proved":
+                self._require(node)  # what is computed from it counts on that all the same
             return
         if not self._fits(node):
             self._keep(node)
@@ -175,12 +182,15 @@ class _NarrowIntegers(Narrower):
         origin = node if node.op == "placeholder" else next(iter(node.users))
         if self.book.cast_source(node, origin):
             self._record(node, "input")
-        requirement = self.ranges.requirements.get(node)
-        source = self.context.sources.get(node.name)
-        if requirement is not None and source is not None and any(self.book.is_own_cast(u) for u in node.users):
+        if any(reader.target is not integer_ops.METADATA_ASSERT for u in node.users if self.book.is_own_cast(u) for reader in u.users):
+            self._require(node)
+
+    def _require(self, node: fx.Node) -> None:
+        """The boundary enforces what the proofs take ``node`` to hold. The model's own cast to int32 wraps, and needs nothing."""
+        requirement, source = self.ranges.requirements.get(node), self.context.sources.get(node.name)
+        if requirement is not None and source is not None:
             before = self.context.requirements.get(source.name, INT64)
-            low, high = max(before[0], requirement.bounds[0]), min(before[1], requirement.bounds[1])
-            self.context.requirements[source.name] = (low, high)
+            self.context.requirements[source.name] = meet(before, requirement.bounds)
 
     def _getitem(self, node: fx.Node) -> None:
         if not self.book.is_wide(node):

@@ -8,7 +8,7 @@ boundary has to enforce (*assumed*).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -127,6 +127,10 @@ class Ranges:
     def culprit(self, node: fx.Node) -> fx.Node | None:
         """An undeclared input that ``node``'s bounds depend on: what declaring its range would help."""
         return self._culprit.get(node)
+
+    def culprits(self) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Every node whose bounds depend on an undeclared input, with (one such) input."""
+        return self._culprit.items()
 
     def culprit_name(self, node: fx.Node) -> str | None:
         """The user's name for :meth:`culprit`."""

@@ -142,9 +142,10 @@ def _enter_source(
         ranges._assumed[node] = meet(limits, implied[0])
         ranges.requirements[node] = Requirement(meet(limits, implied[0]), "implied", implied[1])
     else:
-        ranges._assumed[node], ranges._proved[node] = meet(limits, INT32), limits
+        assumed = meet(limits, source.assumed or INT32)
+        ranges._assumed[node], ranges._proved[node] = assumed, limits
         ranges._culprit[node] = node
-        ranges.requirements[node] = Requirement(meet(limits, INT32), "assumed", "an undeclared input is taken to fit int32")
+        ranges.requirements[node] = Requirement(assumed, "assumed", "an undeclared input is taken to fit int32")
 
 
 def _enter_operand(ranges: Ranges, node: fx.Node, source: Source | None, limits: Interval) -> None:

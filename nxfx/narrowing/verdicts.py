@@ -59,12 +59,14 @@ def assumptions(gm: fx.GraphModule, ranges: Ranges, context: PassContext) -> Ite
     for node, requirement in ranges.requirements.items():
         name = context.sources[node.name].name
         if requirement.basis == "assumed" and name in context.requirements:
-            message = f"`{name}` is taken to fit int32; the boundary refuses anything else"
-            yield Finding.at(node, "NX303", Severity.INFO, message, f'declare ranges={{"{name}": (low, high)}} for a tighter bound')
+            tighter = requirement.bounds != INT32
+            what = f"stay within [{requirement.bounds[0]}, {requirement.bounds[1]}], where its sums fit int32" if tighter else "fit int32"
+            message = f"`{name}` is taken to {what}; the boundary refuses anything else"
+            yield Finding.at(node, "NX303", Severity.INFO, message, f'declare ranges={{"{name}": (low, high)}}, what it can really hold')
     for symbol in sorted(ranges.dims, key=str):
         node_with = next((n for n in gm.graph.nodes if _has_dimension(n, symbol)), None)
         if node_with is not None:
-            message = f"the dynamic dimension {symbol} of `{node_with.name}` is taken to stay below 2^31"
+            message = f"the dynamic dimension {symbol} of `{node_with.name}` is taken to stay below 2^31; the boundary refuses more"
             yield Finding.at(node_with, "NX303", Severity.INFO, message, "give it a maximum in dynamic_shapes")
 
 
