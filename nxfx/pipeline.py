@@ -234,6 +234,9 @@ class Pipeline:
 
     def _check_order(self) -> None:
         names = self.names
+        repeated = {n for n in names if names.count(n) > 1}
+        if repeated:
+            raise UsageError(f"pass {sorted(repeated)[0]!r} stands twice in the pipeline")
         for position, step in enumerate(self.steps):
             for needed in step.requires:
                 if needed not in names[:position]:
@@ -241,9 +244,6 @@ class Pipeline:
             for earlier in step.after:
                 if earlier in names[position + 1 :]:
                     raise UsageError(f"pass {step.name!r} must come after {earlier!r}")
-        repeated = {n for n in names if names.count(n) > 1}
-        if repeated:
-            raise UsageError(f"pass {sorted(repeated)[0]!r} stands twice in the pipeline")
 
     @classmethod
     def default(cls, target: str | Target = "trn2") -> Pipeline:
