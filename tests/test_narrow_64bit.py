@@ -439,6 +439,11 @@ def test_a_bool_is_not_promoted_to_int32_next_to_a_number_beyond_it() -> None:
     assert all("beyond 32 bits" in m for m in messages(result, "NX301"))
 
 
+def test_a_subtraction_with_an_alpha_that_int32_cannot_negate_stays_wide() -> None:
+    captured, result = narrow(lambda x: (torch.sub(x, x % 1, alpha=-(2**31)),), (tensor(1, 9),), ranges={"args_0": (0, 9)})
+    assert "computed in int64" in messages(result, "NX301")[0]
+
+
 def test_a_where_that_promotes_bools_is_narrow_and_its_condition_stays_a_bool() -> None:
     captured, result = narrow(lambda x: (torch.where(x > 3, x > 3, -1), torch.where(x > 3, 5, x > 3)), (tensor(1, 9),), ranges={"args_0": (0, 9)})
     assert_all_narrow(captured, result)
