@@ -24,6 +24,18 @@ aten = torch.ops.aten
 Check = Literal["always", "first", "never"]
 
 
+def narrowed(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """``value`` in ``dtype`` (None: as it is). A finite float beyond float32 becomes its end: ``finfo(float64).min`` is no -inf."""
+    if dtype is None or value.dtype == dtype:
+        return value
+    result = value.to(dtype)
+    if value.dtype is torch.float64 and not isinstance(value, meta.FakeTensor):
+        overflown = result.isinf() & value.isfinite()
+        end = torch.finfo(dtype).max
+        result = torch.where(overflown, torch.where(value > 0, end, -end).to(dtype), result)
+    return result
+
+
 _UNORDERED = (torch.uint16, torch.uint32, torch.uint64)  # no min and max kernels
 
 
@@ -96,7 +108,7 @@ class InputRule:
             RangeError: a value does not fit; nothing has run.
         """
         self.enforce(value, check)
-        return value if self.narrow is None or value.dtype == self.narrow else value.to(self.narrow)
+        return narrowed(value, self.narrow)
 
 
 @dataclass
@@ -119,10 +131,7 @@ class Boundary:
         """All inputs checked, then all narrowed: when one is refused nothing has run."""
         for rule, value in zip(self.inputs, values, strict=True):
             rule.enforce(value, check)
-        return [
-            value if rule.narrow is None or value.dtype == rule.narrow else value.to(rule.narrow)
-            for rule, value in zip(self.inputs, values, strict=True)
-        ]
+        return [narrowed(value, rule.narrow) for rule, value in zip(self.inputs, values, strict=True)]
 
     def leave_narrow(self, count: int) -> None:
         """The first ``count`` outputs are handed to the caller as the graph gives them."""

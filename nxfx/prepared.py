@@ -17,7 +17,7 @@ from torch import fx
 
 from nxfx import device as devices
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral, narrow
-from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard
+from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard, narrowed
 from nxfx.capture.export import Capture, autocast_state, without_autocast
 from nxfx.capture.shell import Assigned, bind
 from nxfx.capture.standing import Standing
@@ -86,7 +86,7 @@ class CapturedCall:
         self._twins: dict[str, tuple[int, int]] = {}
         self._premise_stamps: dict[str, tuple[int, int]] = {}
         for name, dtype in boundary.narrowed_buffers.items():
-            own_buffer(self.graph_module, name, self._model_buffer(name).to(narrow(dtype)))
+            own_buffer(self.graph_module, name, narrowed(self._model_buffer(name), narrow(dtype)))
         owners = {name.rpartition(".")[0] for name in (*boundary.narrowed_buffers, *self.plain)}
         modules = dict(model.named_modules())
         self._owners = [path for path in owners if path in modules]
@@ -129,7 +129,7 @@ class CapturedCall:
             if is_integral(wide.dtype):
                 InputRule(name, twin.dtype, *integer_bounds(twin.dtype), "int32").enforce(wide, "always")
             with torch.inference_mode(False):  # the twin outlives this call
-                fresh = wide.to(twin.dtype)
+                fresh = narrowed(wide, twin.dtype)
             if twin.shape == fresh.shape and twin.device == fresh.device:
                 with torch.no_grad():
                     twin.copy_(fresh)

@@ -215,3 +215,22 @@ def test_a_leafs_own_range_goes_before_that_of_its_argument() -> None:
     assert prepared.report.requirements == {"ids": (0, 9), "extra_a": (0, 50), "extra_b": (0, 3)}
     with pytest.raises(nxfx.RangeError, match="'extra_b': value 4"):
         prepared(tensor(1), {"a": tensor(40), "b": tensor(4)}, torch.ones(1))
+
+
+# --- float64 ------------------------------------------------------------------------------------------------------------
+
+
+def test_values_beyond_float32_become_its_ends_and_infinities_stay() -> None:
+    class Masked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([0.0, torch.finfo(torch.float64).min, float("-inf"), float("nan")], dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.mask * 1
+
+    prepared = nxfx.prepare(Masked(), (torch.zeros(4, dtype=torch.float64),), pipeline="default,narrow-64bit{fp64=narrow}")
+    found = prepared(torch.tensor([1e300, 0.0, 0.0, 0.0], dtype=torch.float64))
+    assert found.dtype == torch.float64
+    end = torch.finfo(torch.float32).max
+    assert compare(found, torch.tensor([end, -end, float("-inf"), float("nan")], dtype=torch.float64)).ok

@@ -654,7 +654,29 @@ def test_a_joint_training_graph_narrows_and_keeps_its_gradients() -> None:
 def test_float64_on_purpose_is_kept_and_reported_once_where_it_starts() -> None:
     captured, result = narrow(lambda x: ((x.double().cumsum(-1) * 2).float(),), (torch.randn(2, 8),))
     assert not result.changed
-    assert messages(result, "NX302") == ["`_to_copy` gives float64: 64 bits are kept; 2 more values computed from it"]
+    (finding,) = [f for f in result.findings if f.code == "NX302"]
+    assert finding.message.startswith("`cumsum` in float64 between casts: no Neuron generation has it")
+    assert finding.message.endswith("64 bits are kept; 2 more values computed from it")
+    assert "--auto-cast=none" in finding.fix
+
+
+PURPOSES: dict[str, tuple[Any, str]] = {
+    "matmul": (lambda x: (x.double() @ x.double().mT).float(), "mm"),
+    "norm": (lambda x: (x * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6).float()), "mean"),
+    "softmax to bf16": (lambda x: x.double().softmax(-1).to(torch.bfloat16), "softmax"),
+}
+
+
+@pytest.mark.parametrize("name", PURPOSES)
+def test_float64_around_a_sum_is_recognised(name: str) -> None:
+    model, op = PURPOSES[name]
+    _, result = narrow(lambda x: (model(x),), (torch.randn(4, 8),))
+    assert any(f"{op}` in float64 between casts" in m for m in messages(result, "NX302")), messages(result, "NX302")
+
+
+def test_float64_that_leaves_the_model_is_not_taken_for_an_accumulator() -> None:
+    _, result = narrow(lambda x: (x.double().sum(-1),), (torch.randn(4, 8),))
+    assert "between casts" not in messages(result, "NX302")[0]
 
 
 def test_a_float64_input_is_kept_and_reported() -> None:
