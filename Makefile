@@ -30,8 +30,9 @@ lint: $(VENV)/dev.stamp ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/dev.stamp ## time the pipeline against torch.export
+bench: $(VENV)/dev.stamp ## time the pipeline against torch.export, and the boundary
 	PYTHONPATH=.:tests $(BIN)/python tests/bench/pipeline.py $(ARGS)
+	PYTHONPATH=. $(BIN)/python tests/bench/boundary.py
 
 wheel-check: $(VENV)/dev.stamp ## build the wheel and try it in a clean environment, away from this tree
 	TORCH='$(TORCH)' .ci/wheel-check $(BIN)/python

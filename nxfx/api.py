@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from nxfx import reproducer
+from nxfx.analysis.dtype_rules import narrow
+from nxfx.analysis.intervals import INT32
 from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, hoist
 from nxfx.capture.export import Capture, capture, without_autocast
@@ -38,6 +40,7 @@ def prepare(
     verify: bool = False,
     training: bool = False,
     check: Check = "always",
+    restore_outputs: bool = True,
     state_inputs: Sequence[str] = (),
     share_state: bool = True,
     verify_each: bool = False,
@@ -57,7 +60,10 @@ def prepare(
         strict: turn error findings into :class:`~nxfx.errors.PrepareError`.
         verify: run model and result on the example and compare strictly before returning.
         training: keep gradients; without it calls run under ``no_grad``.
-        check: when the boundary checks integer ranges: ``"always"`` (host tensors), ``"first"`` or ``"never"``.
+        check: when the boundary checks integer ranges: ``"always"`` (host tensors), ``"first"`` or ``"never"``. With ``"never"`` a
+            value outside its range wraps, as in every layer below.
+        restore_outputs: give int64 and float64 outputs in the model's dtypes; False leaves them in 32 bits, for a caller that
+            goes on on the device.
         state_inputs: inputs (KV caches) that become buffers of the graph, so that a compiler can update them in place.
         share_state: False works on a deep copy of the model.
         verify_each: check the graph's invariants after every pass (slow).
@@ -72,6 +78,8 @@ def prepare(
     """
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"prepare wants an nn.Module, not {type(model).__name__}")
+    if check not in get_args(Check):
+        raise UsageError(f"check is one of {', '.join(get_args(Check))}, not {check!r}")
     target, pipeline = get_target(target), _pipeline(pipeline, target)
     model = model if share_state else copy.deepcopy(model)
 
@@ -82,6 +90,8 @@ def prepare(
         found = take()
         with without_autocast():
             boundary, report = _clean(found, take, pipeline, target, training, verify_each, observer)
+        if not restore_outputs:
+            boundary.leave_narrow(found.convention.output_count)
         call = CapturedCall(model, found, boundary, report, check=check, training=training)
         if strict and call.report.errors:
             raise PrepareError(f"{len(call.report.errors)} error findings\n{call.report}", call.report)
@@ -91,7 +101,7 @@ def prepare(
     if args is not None or kwargs is not None:
         prepared.capture(*(args or ()), **(kwargs or {}))
         if verify:
-            _verify(model, prepared, args or (), kwargs or {})
+            _verify(model, prepared, args or (), kwargs or {}, narrow_outputs=not restore_outputs)
     return prepared
 
 
@@ -140,7 +150,9 @@ def _clean(
     boundaries = []
 
     def finish() -> None:
-        boundaries.append(hoist(gm, found.sources, context.requirements))
+        boundary = hoist(gm, found.sources, context.requirements)
+        boundary.largest_size = INT32[1] if context.assumed_sizes else None
+        boundaries.append(boundary)
 
     started = time.perf_counter()
     try:
@@ -178,7 +190,9 @@ def _reproduce(error: PassError, again: Callable[[], Capture], pipeline: Pipelin
         error.args = (f"{error.args[0]}\n(no reproducer: {type(second).__name__}: {second})",)
 
 
-def _verify(model: torch.nn.Module, prepared: PreparedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _verify(
+    model: torch.nn.Module, prepared: PreparedModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, narrow_outputs: bool
+) -> None:
     """Eager against prepared on copies of the example; the model's state is put back.
 
     Structure, dtypes, shapes, integers and the places of nan and infinity must agree. Floats must be close: library code may take
@@ -193,6 +207,8 @@ def _verify(model: torch.nn.Module, prepared: PreparedModule, args: tuple[Any, .
     with torch.no_grad():
         expected = twin(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         actual = prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs))
+        if narrow_outputs:
+            expected, actual = ([t.to(narrow(t.dtype)) for t in flatten(value).leaves] for value in (expected, actual))
         floats = [t for t in flatten(expected).leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
         scale = max((float(t[torch.isfinite(t)].abs().max()) for t in floats if torch.isfinite(t).any()), default=1.0)
         epsilon = max((torch.finfo(t.dtype).eps for t in floats), default=0.0)

@@ -6,6 +6,7 @@ records them here, so that the same passes serve exported graphs and the forward
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,12 +15,25 @@ import torch
 from torch import fx
 
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral, is_wide, narrow
+from nxfx.analysis.intervals import fits
 from nxfx.analysis.provenance import Role, Source
 from nxfx.errors import PrepareError, RangeError
 from nxfx.graph import meta
 
 aten = torch.ops.aten
 Check = Literal["always", "first", "never"]
+
+
+def narrowed(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """``value`` in ``dtype`` (None: as it is). A finite float beyond float32 becomes its end: ``finfo(float64).min`` is no -inf."""
+    if dtype is None or value.dtype == dtype:
+        return value
+    result = value.to(dtype)
+    if value.dtype is torch.float64 and not isinstance(value, meta.FakeTensor):
+        overflown = result.isinf() & value.isfinite()
+        end = torch.finfo(dtype).max
+        result = torch.where(overflown, torch.where(value > 0, end, -end).to(dtype), result)
+    return result
 
 
 _UNORDERED = (torch.uint16, torch.uint32, torch.uint64)  # no min and max kernels
@@ -37,7 +51,7 @@ class InputRule:
         name: the user's name for it.
         narrow: dtype the graph takes, None when it takes the caller's.
         low, high: inclusive range that is enforced; None when nothing rests on it.
-        why: where the range comes from: ``"declared"``, ``"implied by use"`` or ``"int32"``.
+        why: where the range comes from: ``"declared"``, ``"implied by use"``, ``"assumed"`` (sums of it fit) or ``"int32"``.
     """
 
     name: str
@@ -57,6 +71,8 @@ class InputRule:
             return
         if isinstance(value, meta.FakeTensor) or (self.checked and (check == "first" or value.device.type != "cpu")):
             return
+        if fits(integer_bounds(value.dtype), (self.low, self.high)):
+            return
         low, high = torch.aminmax(_comparable(value))
         if int(low) < self.low or int(high) > self.high:
             self._refuse(value)
@@ -73,7 +89,8 @@ class InputRule:
         hint = {
             "declared": "this is the range declared with ranges=",
             "implied by use": "the model uses it as an index into a dimension of that size",
-        }.get(self.why, "the graph was narrowed to int32")
+            "assumed": "sums of such values may leave int32, which the graph was narrowed to; declare what it can hold with ranges=",
+        }.get(self.why, "the graph was narrowed to int32; declare what it can hold with ranges=")
         raise RangeError(
             f"input {self.name!r}: value {found} at {list(position)} (flat position {flat_position}) is outside [{self.low}, {self.high}]: "
             f"{hint}",
@@ -91,7 +108,7 @@ class InputRule:
             RangeError: a value does not fit; nothing has run.
         """
         self.enforce(value, check)
-        return value if self.narrow is None or value.dtype == self.narrow else value.to(self.narrow)
+        return narrowed(value, self.narrow)
 
 
 @dataclass
@@ -102,20 +119,23 @@ class Boundary:
         inputs: one rule per placeholder, in order.
         outputs: per output the dtype the model gives, None where the graph gives it already.
         narrowed_buffers: fully qualified name → dtype of the model's own buffer; the graph holds a 32-bit twin.
+        largest_size: what a dynamic dimension may reach at most, None when no proof rests on that.
     """
 
     inputs: list[InputRule] = field(default_factory=list)
     outputs: list[torch.dtype | None] = field(default_factory=list)
     narrowed_buffers: dict[str, torch.dtype] = field(default_factory=dict)
+    largest_size: int | None = None
 
     def admit(self, values: Sequence[torch.Tensor], check: Check = "always") -> list[torch.Tensor]:
         """All inputs checked, then all narrowed: when one is refused nothing has run."""
         for rule, value in zip(self.inputs, values, strict=True):
             rule.enforce(value, check)
-        return [
-            value if rule.narrow is None or value.dtype == rule.narrow else value.to(rule.narrow)
-            for rule, value in zip(self.inputs, values, strict=True)
-        ]
+        return [narrowed(value, rule.narrow) for rule, value in zip(self.inputs, values, strict=True)]
+
+    def leave_narrow(self, count: int) -> None:
+        """The first ``count`` outputs are handed to the caller as the graph gives them."""
+        self.outputs[:count] = [None] * count
 
     def restore(self, values: Iterable[Any]) -> list[Any]:
         """The outputs in the model's own dtypes."""
@@ -125,7 +145,8 @@ class Boundary:
 class ShapeGuard:
     """The relations between input sizes that a capture with dynamic shapes rests on: fixed sizes, equal symbols, their ranges."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, largest: int | None = None) -> None:
+        self.largest = sys.maxsize if largest is None else largest
         values = [meta.val(n) for n in graph_module.graph.find_nodes(op="placeholder")]
         self.expected = [tuple(v.shape) if isinstance(v, torch.Tensor) else () for v in values]
         self.dynamic = any(not isinstance(size, int) for shape in self.expected for size in shape)
@@ -145,9 +166,9 @@ class ShapeGuard:
                     if meta.is_symbol(wanted) == solved:
                         self._one(name, dim, int(size), wanted, known)
 
-    @staticmethod
-    def _one(name: str, dim: int, size: int, wanted: Any, known: dict[Any, int]) -> None:
+    def _one(self, name: str, dim: int, size: int, wanted: Any, known: dict[Any, int]) -> None:
         low, high = meta.size_range(wanted)
+        high = min(high, self.largest)
         needed = meta.size_given(wanted, known)
         if needed is None:
             known[meta.symbol_of(wanted)] = size
@@ -212,15 +233,14 @@ def _hoist_input(graph: fx.Graph, node: fx.Node, source: Source | None, requirem
     dtype = meta.dtype_of(node)
     if dtype is None or (source is not None and source.role not in (Role.INPUT, Role.OPAQUE)):
         return rule
-    used = bool(node.users)
     if _narrow_source(graph, node):
-        rule.narrow = narrow(dtype)
-        if used and is_integral(dtype):  # what becomes of an input that nothing reads cannot matter
-            rule.low, rule.high, rule.why = (*integer_bounds(rule.narrow), "int32")
+        rule.narrow = narrow(dtype)  # where no proof requires a range the cast is the model's own, and wraps as that does
     if name in requirements and is_integral(dtype):
         rule.low, rule.high = requirements[name]
+        assumed = source is not None and source.assumed == requirements[name]
         declared = source is not None and source.range is not None
-        rule.why = "declared" if declared else "int32" if (rule.low, rule.high) == integer_bounds(torch.int32) else "implied by use"
+        fills = (rule.low, rule.high) == integer_bounds(torch.int32)
+        rule.why = "declared" if declared else "assumed" if assumed else "int32" if fills else "implied by use"
     elif source is not None and source.range is not None and is_integral(dtype):
         rule.low, rule.high, rule.why = (*source.range, "declared")
     return rule

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from nxfx.analysis.bodies import operand_sources
 from nxfx.analysis.provenance import Premise, Source
 from nxfx.errors import NxfxError, PassError, UsageError
 from nxfx.graph import invariants, walk
@@ -46,11 +47,12 @@ class PassContext:
 
     Attributes:
         target: the Neuron generation.
-        sources: placeholder or ``get_attr`` node name → where it comes from. A body of a higher-order op has none.
+        sources: placeholder or ``get_attr`` node name → where it comes from. Of a body's placeholders: what is proved of them.
         training: the graph will be differentiated, or is a joint forward/backward graph.
         premises: facts about present buffer values that proofs rest on; passes append.
         requirements: input name → inclusive ``(low, high)`` that the boundary must enforce; passes add.
         is_body: the graph is the body of a higher-order op.
+        assumed_sizes: dynamic dimensions that proofs take to stay below 2**31, which the boundary must enforce; passes add.
     """
 
     target: Target = field(default_factory=lambda: get_target("trn2"))
@@ -59,10 +61,11 @@ class PassContext:
     premises: list[Premise] = field(default_factory=list)
     requirements: dict[str, tuple[int, int]] = field(default_factory=dict)
     is_body: bool = False
+    assumed_sizes: set[str] = field(default_factory=set)
 
-    def for_body(self) -> PassContext:
-        """The context for the body of a higher-order op: nothing is known of its operands."""
-        return dataclasses.replace(self, sources={}, is_body=True)
+    def for_body(self, operands: dict[str, Source]) -> PassContext:
+        """The context for the body of a higher-order op, with what is known of its operands."""
+        return dataclasses.replace(self, sources=operands, is_body=True)
 
 
 class Pass(ABC):
@@ -231,6 +234,9 @@ class Pipeline:
 
     def _check_order(self) -> None:
         names = self.names
+        repeated = {n for n in names if names.count(n) > 1}
+        if repeated:
+            raise UsageError(f"pass {sorted(repeated)[0]!r} stands twice in the pipeline")
         for position, step in enumerate(self.steps):
             for needed in step.requires:
                 if needed not in names[:position]:
@@ -238,9 +244,6 @@ class Pipeline:
             for earlier in step.after:
                 if earlier in names[position + 1 :]:
                     raise UsageError(f"pass {step.name!r} must come after {earlier!r}")
-        repeated = {n for n in names if names.count(n) > 1}
-        if repeated:
-            raise UsageError(f"pass {sorted(repeated)[0]!r} stands twice in the pipeline")
 
     @classmethod
     def default(cls, target: str | Target = "trn2") -> Pipeline:
@@ -250,8 +253,12 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """From text: ``"lift-int-casts,mask-slice-writes{multiply=off}"``; ``"default"`` stands for the default passes."""
+        """From text: ``"lift-int-casts,mask-slice-writes{multiply=off}"``.
+
+        ``"default"`` stands for the default passes; a pass named after it sets options there: ``"default,narrow-64bit{mode=proved}"``.
+        """
         pipeline: list[Pass] = []
+        default: list[Pass] = []  # what "default" stands for, less what has been named since
         position, text = 0, text.strip()
         pattern = re.compile(r"\s*([\w.-]+)\s*(?:\{([^}]*)\})?\s*(?:,|$)")
         while position < len(text):
@@ -261,7 +268,8 @@ class Pipeline:
             name, options = match.groups()
             position = match.end()
             if name == "default" and options is None:
-                pipeline.extend(cls.default().steps)
+                default = list(cls.default().steps)
+                pipeline.extend(default)
                 continue
             changes = {}
             for item in filter(None, (o.strip() for o in re.split(r"[;,]", options or ""))):
@@ -271,7 +279,13 @@ class Pipeline:
                 if key.strip() in changes:
                     raise UsageError(f"pass {name!r}: option {key.strip()!r} is given twice")
                 changes[key.strip()] = value.strip()
-            pipeline.append(_with_options(_pass_class(name)(), changes))
+            step = _with_options(_pass_class(name)(), changes)
+            replaced = next((given for given in default if given.name == name), None)
+            if replaced is None or not changes:
+                pipeline.append(step)
+            else:
+                pipeline[pipeline.index(replaced)] = step
+                default.remove(replaced)
         return cls(pipeline)
 
     @property
@@ -368,11 +382,12 @@ class Pipeline:
             run = PassRun(step.name, nodes_before=sum(len(s.graph_module.graph.nodes) for s in scopes))
             drawn = [invariants.drawing(s.graph_module) for s in scopes] if verify_each else []
             started = time.perf_counter()
-            for scope in scopes:
-                if not step.wanted(scope.graph_module.graph):
-                    continue
+            wanted = [scope for scope in scopes if step.wanted(scope.graph_module.graph)]
+            operands = operand_sources(graph_module, context.sources, context.requirements) if any(s.is_body for s in wanted) else {}
+            for scope in wanted:
                 run.ran = True
-                outcome = _run_one(step, scope, context)
+                within = context.for_body(operands.get(scope.graph_module, {})) if scope.is_body else context
+                outcome = _run_one(step, scope, within)
                 run.changed |= outcome.changed
                 run.rewrites += len(outcome.rewrites)
                 run.findings += len(outcome.findings)
@@ -399,7 +414,7 @@ class Pipeline:
 
 def _run_one(step: Pass, scope: walk.Scope, context: PassContext) -> PassResult:
     try:
-        return step.run(scope.graph_module, context.for_body() if scope.is_body else context)
+        return step.run(scope.graph_module, context)
     except NxfxError:
         raise
     except Exception as error:
@@ -414,7 +429,7 @@ def _run_one(step: Pass, scope: walk.Scope, context: PassContext) -> PassResult:
 
 def _verify(step: Pass, scopes: list[walk.Scope], contracts: list[invariants.Contract]) -> None:
     for scope, contract in zip(scopes, contracts, strict=True):
-        broken = invariants.check(scope.graph_module, contract)
+        broken = invariants.check(scope.graph_module, contract, may_narrow=scope.is_body)
         if broken:
             first = broken[0]
             node = next((n for n in scope.graph_module.graph.nodes if n.name == first.node), None)

@@ -17,7 +17,7 @@ from torch import fx
 
 from nxfx import device as devices
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral, narrow
-from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard
+from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard, narrowed
 from nxfx.capture.export import Capture, autocast_state, without_autocast
 from nxfx.capture.shell import Assigned, bind
 from nxfx.capture.standing import Standing
@@ -79,14 +79,14 @@ class CapturedCall:
         self.sources = capture.sources
         self.plain = capture.plain_tensors
         self.state_inputs = capture.state_inputs
-        self.shapes = ShapeGuard(self.graph_module)
+        self.shapes = ShapeGuard(self.graph_module, boundary.largest_size)
         names = self.convention.input_names
         self._passed = [i for i, n in enumerate(names) if n not in self.state_inputs]
         self.placeholders = [meta.val(n) for n in self.graph_module.graph.find_nodes(op="placeholder")]
         self._twins: dict[str, tuple[int, int]] = {}
         self._premise_stamps: dict[str, tuple[int, int]] = {}
         for name, dtype in boundary.narrowed_buffers.items():
-            own_buffer(self.graph_module, name, self._model_buffer(name).to(narrow(dtype)))
+            own_buffer(self.graph_module, name, narrowed(self._model_buffer(name), narrow(dtype)))
         owners = {name.rpartition(".")[0] for name in (*boundary.narrowed_buffers, *self.plain)}
         modules = dict(model.named_modules())
         self._owners = [path for path in owners if path in modules]
@@ -129,7 +129,7 @@ class CapturedCall:
             if is_integral(wide.dtype):
                 InputRule(name, twin.dtype, *integer_bounds(twin.dtype), "int32").enforce(wide, "always")
             with torch.inference_mode(False):  # the twin outlives this call
-                fresh = wide.to(twin.dtype)
+                fresh = narrowed(wide, twin.dtype)
             if twin.shape == fresh.shape and twin.device == fresh.device:
                 with torch.no_grad():
                     twin.copy_(fresh)

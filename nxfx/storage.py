@@ -327,6 +327,7 @@ def _boundary_to_json(boundary: Boundary) -> dict[str, Any]:
         ],
         "outputs": [None if d is None else _static_to_json(d) for d in boundary.outputs],
         "narrowed_buffers": {n: _static_to_json(d) for n, d in boundary.narrowed_buffers.items()},
+        "largest_size": boundary.largest_size,
     }
 
 
@@ -335,6 +336,7 @@ def _boundary_from_json(data: dict[str, Any]) -> Boundary:
         [InputRule(name, _static_from_json(narrow), low, high, why) for name, narrow, low, high, why in data["inputs"]],
         [_static_from_json(d) for d in data["outputs"]],
         {n: _static_from_json(d) for n, d in data["narrowed_buffers"].items()},
+        data["largest_size"],
     )
 
 

@@ -4,9 +4,10 @@
 integers stay integers until it is safe to round, 64-bit values are narrowed, and what is left of value dependence is reported.
 """
 
+from nxfx.passes.exact_integer_sums import ExactIntegerSums
 from nxfx.passes.flag_value_dependence import FlagValueDependence
 from nxfx.passes.lift_int_casts import LiftIntCasts
 from nxfx.passes.mask_slice_writes import MaskSliceWrites
 from nxfx.passes.narrow_64bit import Narrow64bit
 
-DEFAULT_ORDER = (MaskSliceWrites, LiftIntCasts, Narrow64bit, FlagValueDependence)
+DEFAULT_ORDER = (MaskSliceWrites, LiftIntCasts, Narrow64bit, ExactIntegerSums, FlagValueDependence)

@@ -10,11 +10,14 @@ import torch
 from torch import fx
 
 from nxfx.analysis import integer_ops
+from nxfx.analysis.assumptions import assume_small_sums
 from nxfx.analysis.integer_ops import IntegerRule, Result
-from nxfx.analysis.intervals import INT32, INT64, Interval, fits
+from nxfx.analysis.intervals import INT32, INT64, Interval, fits, meet
 from nxfx.analysis.ranges import analyse
-from nxfx.graph import meta
+from nxfx.graph import meta, walk
+from nxfx.graph.higher_order import Slot, take_apart
 from nxfx.narrowing.base import Narrower
+from nxfx.narrowing.bodies import agreeing, retype
 from nxfx.narrowing.floats import NarrowFloats
 from nxfx.narrowing.verdicts import assumptions, op_name, why_kept
 from nxfx.pipeline import Pass, PassContext, PassResult
@@ -30,8 +33,9 @@ class NarrowOptions:
     """Options of narrow-64bit.
 
     Attributes:
-        mode: ``"assume"`` takes undeclared int64 inputs to fit int32 and has the boundary enforce it; ``"proved"`` narrows only what
-            holds for every input; ``"aggressive"`` narrows unproved values too, as every layer below does, and reports each.
+        mode: ``"assume"`` takes undeclared int64 inputs to fit int32, and those that are summed to be as small as the sums need (far
+            above the example's values), and has the boundary enforce it; ``"proved"`` narrows only what holds for every input;
+            ``"aggressive"`` narrows unproved values too, as every layer below does, and reports each.
         boundary: ``"narrow"`` casts 64-bit outputs down and back up, so that the boundary can take both casts out of the graph;
             ``"keep"`` hands an output that an op makes in int64 on as it is.
         fp64: ``"keep"`` reports float64 and complex128, and narrows constants where that changes no bit; ``"narrow"`` computes in
@@ -122,6 +126,8 @@ class _NarrowIntegers(Narrower):
         super().__init__(step, gm, context, torch.int64)
         self.unproved: dict[fx.Node, None] = {}
         self.ranges = analyse(gm, context.sources, context.requirements)
+        if self.options.mode == "assume":
+            self.ranges = assume_small_sums(gm, context.sources, context.requirements, self.ranges)
         self.memory = _read_as_memory(gm.graph)
 
     def run(self, nodes: list[fx.Node]) -> PassResult:
@@ -131,6 +137,7 @@ class _NarrowIntegers(Narrower):
         for node in self.unproved:
             message = f"`{op_name(node)}` is narrowed without proof (mode=aggressive)"
             self.result.findings.append(self.step.finding(node, "NX301", Severity.WARNING, message))
+        self.context.assumed_sizes.update(map(str, self.ranges.dims))
         self.result.findings += assumptions(self.gm, self.ranges, self.context)
         return self.finish()
 
@@ -144,6 +151,8 @@ class _NarrowIntegers(Narrower):
             self.metadata_assert(node)
         elif self.book.is_own_cast(node):
             return
+        elif walk.is_higher_order(node):
+            self._higher_order(node)
         elif node.target is operator.getitem:
             self._getitem(node)
         elif rule is None or node in self.memory or isinstance(node.kwargs.get("sorter"), fx.Node):
@@ -164,6 +173,8 @@ class _NarrowIntegers(Narrower):
             return
         if node in self.memory:
             self.keep(node, "NX301", "`as_strided` reads its memory, which a cast would pack", "index or slice it instead")
+            if self.options.mode != "proved":
+                self._require(node)  # what is computed from it counts on that all the same
             return
         if not self._fits(node):
             self._keep(node)
@@ -171,12 +182,15 @@ class _NarrowIntegers(Narrower):
         origin = node if node.op == "placeholder" else next(iter(node.users))
         if self.book.cast_source(node, origin):
             self._record(node, "input")
-        requirement = self.ranges.requirements.get(node)
-        source = self.context.sources.get(node.name)
-        if requirement is not None and source is not None and any(self.book.is_own_cast(u) for u in node.users):
+        if any(reader.target is not integer_ops.METADATA_ASSERT for u in node.users if self.book.is_own_cast(u) for reader in u.users):
+            self._require(node)
+
+    def _require(self, node: fx.Node) -> None:
+        """The boundary enforces what the proofs take ``node`` to hold. The model's own cast to int32 wraps, and needs nothing."""
+        requirement, source = self.ranges.requirements.get(node), self.context.sources.get(node.name)
+        if requirement is not None and source is not None:
             before = self.context.requirements.get(source.name, INT64)
-            low, high = max(before[0], requirement.bounds[0]), min(before[1], requirement.bounds[1])
-            self.context.requirements[source.name] = (low, high)
+            self.context.requirements[source.name] = meet(before, requirement.bounds)
 
     def _getitem(self, node: fx.Node) -> None:
         if not self.book.is_wide(node):
@@ -194,6 +208,35 @@ class _NarrowIntegers(Narrower):
             self.result.findings.append(self.step.finding(node, "NX304", Severity.INFO, message))
             self.record(node, "local-cast", "int32", "int64")
         self._settle(node)
+
+    def _higher_order(self, node: fx.Node) -> None:
+        """Values that fit cross the edge of a body as int32, on both sides of it; the body itself has had its turn."""
+        call = take_apart(node)
+        slots = call.slots if call is not None else []
+        narrow = agreeing(slots, [s for s in slots if self._slot_fits(node, s)])
+        operands = [v for s in narrow for v in s.operands]
+        self.book.widen(node, [n for n in self.book.operands(node) if n not in operands])
+        self._take(node, operands)
+        for slot in narrow:
+            retype(slot, torch.int32, self.step.name)
+            self._record(node, "body")
+        if results := {s.result for s in narrow if s.result is not None}:
+            self.book.in_place(node, results)
+        self.book.changed |= bool(narrow)
+        self._settle(node)
+
+    def _slot_fits(self, node: fx.Node, slot: Slot) -> bool:
+        if any(meta.dtype_of(n) is not torch.int64 for n in (*slot.placeholders, *slot.returned())):
+            return False
+        if not all(isinstance(v, fx.Node) and self.book.takes(v, node) for v in slot.operands):
+            return False
+        if any(p in _read_as_memory(p.graph) for p in slot.placeholders):
+            return False
+        proved = self.options.mode == "proved"
+        inside = [self.ranges.operands.get(p, (INT64, INT64))[proved] for p in slot.placeholders]
+        outside = [self._bounds(v)[0] or INT64 for v in slot.operands]
+        results = [self._bounds(node)[slot.result] or INT64] if slot.result is not None else []
+        return all(fits(b, INT32) for b in (*inside, *outside, *results))
 
     def _factory(self, node: fx.Node) -> None:
         if not self.book.is_wide(node):
@@ -245,7 +288,8 @@ class _NarrowIntegers(Narrower):
         wide = self.book.is_wide(node)
         follows = rule.result is Result.FOLLOWS
         narrow = all(self.book.takes(n, node) for n in values) and (not (wide and follows) or self._fits(node, rule.forced))
-        if narrow and not (self._numbers_fit(node, values) and self._shifts_fit(node)):
+        promotes = wide and follows and not values and node.target in integer_ops.POINTWISE
+        if narrow and not (_numbers_are_int32(node) if promotes else self._numbers_fit(node, values) and self._shifts_fit(node)):
             narrow = False
             message = f"`{op_name(node)}` takes a number or a shift beyond 32 bits: it is computed in int64"
             self.result.findings.append(self.step.finding(node, "NX301", Severity.WARNING, message, "keep it within int32 in the model"))
@@ -266,7 +310,7 @@ class _NarrowIntegers(Narrower):
             elif outputs is None or any(meta_dtype == torch.int64 for meta_dtype in _dtypes(node, outputs)):
                 self.book.in_place(node, outputs)
                 self._record(node, "follow")
-        elif follows and node.target in integer_ops.POINTWISE - integer_ops.CHOICES:
+        elif promotes:
             self._promote(node)
         elif "out_int32" in _keywords(node) and self._fits(node):
             node.update_kwarg("out_int32", True)
@@ -286,11 +330,11 @@ class _NarrowIntegers(Narrower):
             self.record(node, "dense-index", "expanded index", "dense index")
 
     def _promote(self, node: fx.Node) -> None:
-        """``bool + 1`` is int64; with the operand as int32 it is int32."""
-        for operand in node.all_input_nodes:
-            if meta.is_tensor(operand):
+        """``bool + 1`` is int64; with the operand as int32 it is int32. The condition of a ``where`` stays a bool."""
+        for position, operand in enumerate(node.args):
+            if isinstance(operand, fx.Node) and meta.is_tensor(operand) and not (position == 0 and node.target in integer_ops.CHOICES):
                 with self.book.build.before(node):
-                    node.replace_input_with(operand, self.book.build.cast(operand, torch.int32))
+                    node.update_arg(position, self.book.build.cast(operand, torch.int32))
         self.book.in_place(node)
         self._record(node, "promotion")
 

@@ -22,8 +22,11 @@ import torch
 from torch import fx
 
 import nxfx
+from nxfx.analysis.intervals import INT32, fits
+from nxfx.analysis.ranges import analyse
 from nxfx.capture.shell import bind
 from nxfx.capture.structure import flatten
+from nxfx.graph import meta
 from nxfx.verification.equivalence import Comparison, compare
 from tests import corpus
 
@@ -32,14 +35,27 @@ EXPLAINS_WIDE = ("NX301", "NX302", "NX304", "NX306")
 
 
 class Snapshot(nxfx.Pass):
-    """Changes nothing: keeps the graph as it was captured, to be run beside the cleaned one."""
+    """Changes nothing: keeps the graph as it was captured, to be run beside the cleaned one, and counts what is proved of it."""
 
     name = "snapshot"
 
     def run(self, graph_module: fx.GraphModule, context: nxfx.PassContext) -> nxfx.PassResult:
         if not context.is_body:
             self.graph_module = fx.GraphModule(graph_module, _copy(graph_module.graph))
+            self.proved = _proved(graph_module, context)
         return nxfx.PassResult()
+
+
+def _proved(graph_module: fx.GraphModule, context: nxfx.PassContext) -> tuple[int, int]:
+    """How many int64 values that ops make fit int32 for every input that the model accepts, and how many there are."""
+    ranges = analyse(graph_module, context.sources)
+    bounds = [
+        bound
+        for node in graph_module.graph.nodes
+        if node.op == "call_function" and meta.dtype_of(node) is torch.int64
+        for bound in [ranges.proved(node)]
+    ]
+    return sum(b is not None and fits(b, INT32) for b in bounds), len(bounds)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
@@ -67,6 +83,7 @@ class Row:
     kinds: Counter[str] = field(default_factory=Counter)
     wide: tuple[int, int, int] = (0, 0, 0)
     nodes: tuple[int, int] = (0, 0)
+    proved: tuple[int, int] = (0, 0)
     codes: Counter[str] = field(default_factory=Counter)
     why: str = ""
     seconds: float = 0.0
@@ -96,6 +113,7 @@ def run(entry: corpus.Entry, dtype: torch.dtype, cached: bool, *, verify_each: b
         row.kinds[rewrite.kind.value] += rewrite.count
     row.codes = Counter(f.code for f in report.findings)
     row.wide = (report.wide_edges["before"], report.wide_edges["after"], report.wide_edges["forced"])
+    row.proved = snapshot.proved
     row.nodes = (report.nodes["before"], report.nodes["after"])
     if row.kept and not any(code in EXPLAINS_WIDE for code in row.codes):
         row.problems.append(f"{row.kept} 64-bit edges are left and no finding says why")
@@ -189,6 +207,10 @@ def _line(row: Row) -> str:
     return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
 
 
+def _percent(rows: list[Row]) -> str:
+    return f"{100 * sum(r.proved[0] for r in rows) / max(sum(r.proved[1] for r in rows), 1):.1f} %"
+
+
 def document(rows: list[Row]) -> str:
     """docs/corpus.md."""
     prepared = [r for r in rows if r.verdict != "refused"]
@@ -204,7 +226,9 @@ def document(rows: list[Row]) -> str:
         f"{len(rows) - len(prepared)} refused with the line that refuses. "
         f"{sum(r.verdict == 'exact' for r in rows)} exact, {sum(r.verdict == 'refines' for r in rows)} refines. "
         f"64-bit edges: {sum(r.wide[0] for r in rows)} before, {sum(r.wide[1] for r in rows)} after, "
-        f"{sum(r.wide[2] for r in rows)} forced by a schema and followed at once by their cast.",
+        f"{sum(r.wide[2] for r in rows)} forced by a schema and followed at once by their cast. "
+        f"Of {sum(r.proved[1] for r in rows)} int64 values that ops make, {_percent(rows)} are proved to fit int32, or implied to by their "
+        "use, without any declaration.",
         "",
         "- *verdict*: the cleaned graph against the captured graph on three inputs. `exact`: equal bits. `refines`: int → low precision",
         "  casts were lifted, so bits differ on purpose.",
@@ -235,5 +259,5 @@ if __name__ == "__main__":
             page.write(document(measured))
     for broken in bad:
         print(broken.name, broken.dtype, "cached" if broken.cached else "", broken.problems)
-    print(f"{len(measured)} runs, {len(bad)} with problems")
+    print(f"{len(measured)} runs, {len(bad)} with problems; {_percent(measured)} of the int64 values proved without a declaration")
     sys.exit(bool(bad))

@@ -432,6 +432,23 @@ def test_mixed_promotion_int32_with_a_kept_0d_int64() -> None:
     assert codes(result)["NX306"] == 2
 
 
+def test_a_bool_is_not_promoted_to_int32_next_to_a_number_beyond_it() -> None:
+    """``mask % (2**33 + 1)`` is ``mask``; in int32 the number would wrap to 1 and give 0 (found by fuzzing)."""
+    captured, result = narrow(lambda x: ((x > 3) % (2**33 + 1), (x > 3) // -(2**63)), (tensor(1, 9),), ranges={"args_0": (0, 9)})
+    assert len(messages(result, "NX301")) == 2
+    assert all("beyond 32 bits" in m for m in messages(result, "NX301"))
+
+
+def test_a_subtraction_with_an_alpha_that_int32_cannot_negate_stays_wide() -> None:
+    captured, result = narrow(lambda x: (torch.sub(x, x % 1, alpha=-(2**31)),), (tensor(1, 9),), ranges={"args_0": (0, 9)})
+    assert "computed in int64" in messages(result, "NX301")[0]
+
+
+def test_a_where_that_promotes_bools_is_narrow_and_its_condition_stays_a_bool() -> None:
+    captured, result = narrow(lambda x: (torch.where(x > 3, x > 3, -1), torch.where(x > 3, 5, x > 3)), (tensor(1, 9),), ranges={"args_0": (0, 9)})
+    assert_all_narrow(captured, result)
+
+
 def test_float_results_do_not_depend_on_the_integer_width() -> None:
     def model(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return x / 3, x * 0.5, x.float(), x.to(torch.bfloat16), x.to(torch.float16), x + y, x.sqrt(), torch.true_divide(x, x + 1)
@@ -574,7 +591,7 @@ def test_a_dynamic_dimension_without_a_maximum_is_reported() -> None:
 # --- other graphs -------------------------------------------------------------------------------------------------------
 
 
-def test_trap_29_bodies_are_narrowed_inside_and_their_operands_stay() -> None:
+def test_trap_29_bodies_are_narrowed_inside_and_operands_that_may_not_fit_stay() -> None:
     def model(x: torch.Tensor, flag: torch.Tensor) -> tuple[torch.Tensor]:
         def true_branch(v: torch.Tensor) -> torch.Tensor:
             return (v % 7) + torch.arange(4)
@@ -637,7 +654,29 @@ def test_a_joint_training_graph_narrows_and_keeps_its_gradients() -> None:
 def test_float64_on_purpose_is_kept_and_reported_once_where_it_starts() -> None:
     captured, result = narrow(lambda x: ((x.double().cumsum(-1) * 2).float(),), (torch.randn(2, 8),))
     assert not result.changed
-    assert messages(result, "NX302") == ["`_to_copy` gives float64: 64 bits are kept; 2 more values computed from it"]
+    (finding,) = [f for f in result.findings if f.code == "NX302"]
+    assert finding.message.startswith("`cumsum` in float64 between casts: no Neuron generation has it")
+    assert finding.message.endswith("64 bits are kept; 2 more values computed from it")
+    assert "--auto-cast=none" in finding.fix
+
+
+PURPOSES: dict[str, tuple[Any, str]] = {
+    "matmul": (lambda x: (x.double() @ x.double().mT).float(), "mm"),
+    "norm": (lambda x: (x * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-6).float()), "mean"),
+    "softmax to bf16": (lambda x: x.double().softmax(-1).to(torch.bfloat16), "softmax"),
+}
+
+
+@pytest.mark.parametrize("name", PURPOSES)
+def test_float64_around_a_sum_is_recognised(name: str) -> None:
+    model, op = PURPOSES[name]
+    _, result = narrow(lambda x: (model(x),), (torch.randn(4, 8),))
+    assert any(f"{op}` in float64 between casts" in m for m in messages(result, "NX302")), messages(result, "NX302")
+
+
+def test_float64_that_leaves_the_model_is_not_taken_for_an_accumulator() -> None:
+    _, result = narrow(lambda x: (x.double().sum(-1),), (torch.randn(4, 8),))
+    assert "between casts" not in messages(result, "NX302")[0]
 
 
 def test_a_float64_input_is_kept_and_reported() -> None:
@@ -699,37 +738,10 @@ def test_complex128_is_reported_and_narrowed_on_request() -> None:
 # --- fuzz ---------------------------------------------------------------------------------------------------------------
 
 
-def outcome_of(gm: fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-    try:
-        return gm(*copy.deepcopy(inputs))
-    except (RuntimeError, IndexError) as error:
-        return type(error)
-
-
 @pytest.mark.parametrize("mode", ["assume", "proved"])
 def test_random_programs_give_equal_bits_at_interval_corners(mode: str) -> None:
-    before = after = 0
-    for seed in range(200):
-        program = integer_programs.Program(seed)
-        context = program.context()
-        original = copy.deepcopy(program.gm)
-        contract = invariants.contract_of(program.gm)
-        result = Narrow64bit(NarrowOptions(mode=mode)).run(program.gm, context)
-        where = f"seed {seed}\n{original.code}\n{program.gm.code}"
-        broken = [b for b in invariants.check(program.gm, contract) if b.rule != "has-trace"]
-        assert not broken, f"{broken[0]}\n{where}"
-        assert not Narrow64bit(NarrowOptions(mode=mode)).run(program.gm, program.context()).changed, where
-        before += wide_edges(original)["edges"]
-        left = wide_edges(program.gm)["edges"]
-        after += left
-        assert not left or any(f.code in ("NX301", "NX302", "NX306") for f in result.findings), where
-        program.gm.recompile()
-        for draw in range(3):
-            inputs = program.inputs(draw, context.requirements)
-            expected, actual = outcome_of(original, inputs), outcome_of(program.gm, inputs)
-            outcome = compare(expected, actual)
-            assert outcome.ok, f"{outcome}\n{inputs}\n{where}"
-    assert after < before * 0.6
+    edges = [integer_programs.check_integers(seed, mode) for seed in range(500)]
+    assert sum(after for _, after in edges) < sum(before for before, _ in edges) * 0.6
 
 
 def test_the_pass_is_linear_in_nodes() -> None:

@@ -24,7 +24,7 @@ from nxfx.report import Kind
 from nxfx.verification.equivalence import compare
 
 aten = torch.ops.aten
-OURS = ["mask-slice-writes", "lift-int-casts", "narrow-64bit", "flag-value-dependence"]
+OURS = ["mask-slice-writes", "lift-int-casts", "narrow-64bit", "exact-integer-sums", "flag-value-dependence"]
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def test_edits_give_new_pipelines() -> None:
     default = Pipeline.default()
     before = str(default)
     assert "narrow-64bit" not in default.without("narrow-64bit").names
-    assert default.without("narrow-64bit", "lift-int-casts").names == ["mask-slice-writes", "flag-value-dependence"]
+    assert default.without("narrow-64bit", "lift-int-casts").names == ["mask-slice-writes", "exact-integer-sums", "flag-value-dependence"]
     assert default.only("narrow-64bit", "mask-slice-writes").names == ["mask-slice-writes", "narrow-64bit"]
     changed = default.with_options("mask-slice-writes", multiply="never")
     assert changed.steps[0].options.multiply == "never" and default.steps[0].options.multiply == "proved"
@@ -564,7 +564,7 @@ def test_trap_29_bodies_of_cond_are_rewritten() -> None:
             assert outcome.ok, outcome.mismatches
 
 
-def test_trap_29_while_loop_bodies_are_walked_and_their_boundary_kept() -> None:
+def test_trap_29_while_loop_bodies_are_walked_and_know_their_operands() -> None:
     class Loop(nn.Module):
         def forward(self, i: torch.Tensor, x: torch.Tensor) -> Any:
             return torch.while_loop(lambda i, x: i < 3, lambda i, x: (i + 1, x * 2 + i), (i, x))
@@ -575,7 +575,8 @@ def test_trap_29_while_loop_bodies_are_walked_and_their_boundary_kept() -> None:
     seen = Acts(nothing, changed=False)
     Pipeline([seen]).run(captured.gm, captured.context)
     assert [context.is_body for _, context in seen.seen] == [True, True, False]
-    assert all(not context.sources for _, context in seen.seen if context.is_body)
+    known = [{name: source.assumed for name, source in context.sources.items()} for _, context in seen.seen if context.is_body]
+    assert [list(bounds.values())[0] for bounds in known] == [(-(2**31), 2**31 - 1), (-(2**31), 2)]  # the loop runs while i < 3
     prepared = nxfx.prepare(model, args, verify_each=True)
     outcome = compare(model(*args), prepared(*args))
     assert outcome.ok, outcome.mismatches

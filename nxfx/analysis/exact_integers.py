@@ -59,9 +59,7 @@ class ExactIntegers:
 
     def culprit(self, node: fx.Node) -> str | None:
         """The user's name of an undeclared input that an integer node's bounds depend on."""
-        found = self._ranges().culprit(node)
-        source = self._sources.get(found.name) if found is not None else None
-        return source.name if source is not None else None
+        return self._ranges().culprit_name(node)
 
     def of(self, value: Any, depth: int = _DEPTH) -> Interval | None:
         """Bounds of ``value`` (a node or a number) when every element is an exact integer, None when unknown."""

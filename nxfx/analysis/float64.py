@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.integer_ops import POINTWISE
+from nxfx.analysis.integer_ops import METADATA_ASSERT, POINTWISE
 from nxfx.analysis.intervals import arg
 from nxfx.analysis.range_rules import PRESERVING_VIEWS
 from nxfx.graph import meta
@@ -23,6 +23,13 @@ _FILLS = {
     aten.full_like.default: 1,
     aten.scalar_tensor.default: 0,
 }
+# What is computed in float64 to lose less in long sums.
+_ACCUMULATING = frozenset(
+    ["mm", "bmm", "matmul", "addmm", "baddbmm", "linear", "einsum", "dot", "mv", "sum", "mean", "cumsum", "cumprod", "prod", "var",
+     "var_mean", "std", "norm", "linalg_vector_norm", "native_layer_norm", "layer_norm", "rms_norm", "logsumexp", "softmax", "_softmax",
+     "log_softmax", "_log_softmax"]
+)  # fmt: skip
+_REGION = 64  # ops between the casts
 _FIXED = {aten.zeros.default: 0.0, aten.zeros_like.default: 0.0, aten.ones.default: 1.0, aten.ones_like.default: 1.0}
 
 
@@ -63,6 +70,30 @@ def _rounds(user: fx.Node, node: fx.Node, is_fp32: bool) -> bool:
 
 def _takes(dtype: torch.dtype | None, is_fp32: bool) -> bool:
     return dtype == torch.float32 or (is_fp32 and dtype_rules.is_low_precision(dtype))
+
+
+def done_on_purpose(node: fx.Node) -> list[str]:
+    """Sums, products and norms that are computed in float64 between a cast up (``node``) and casts down, by op name.
+
+    Empty when nothing of the kind is in between, or float64 leaves the region other than by a cast.
+    """
+    if node.target is not aten._to_copy.default or dtype_rules.is_wide(meta.dtype_of(node.args[0])):
+        return []
+    pending, seen, found = [node], {node}, dict[str, None]()
+    while pending and len(seen) <= _REGION:
+        for user in pending.pop().users:
+            name = str(getattr(user.target, "__name__", user.target)).split(".")[0]
+            if user.target is METADATA_ASSERT:
+                continue
+            if name in _ACCUMULATING:
+                found[name] = None
+            if meta.dtype_of(user) in _WIDE:
+                if user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+            elif user.target is not aten._to_copy.default:
+                return []
+    return list(found) if not pending else []
 
 
 def saturated(number: Any) -> Any:

@@ -54,17 +54,17 @@ def _refined(ranges: Ranges, where: fx.Node) -> dict[fx.Node, Interval] | None:
         bounds = ranges.read(branch)
         if bounds is None:
             return None
-        constraint = _constraint(ranges, condition, holds)
-        if constraint is not None and branch is constraint[0]:
-            results += [constraint[1]] if constraint[1] is not None else []
+        limit = constraint(ranges, condition, holds)
+        if limit is not None and branch is limit[0]:
+            results += [limit[1]] if limit[1] is not None else []
         elif fits(bounds, INT32) or not isinstance(branch, fx.Node):
             results.append(bounds)
         else:
-            chain = _chain(branch, constraint[0]) if constraint is not None else None
-            if constraint is None or chain is None:
+            chain = _chain(branch, limit[0]) if limit is not None else None
+            if limit is None or chain is None:
                 return None
-            found = _evaluate(ranges, chain, *constraint)
-            results += [found[branch]] if constraint[1] is not None else []
+            found = _evaluate(ranges, chain, *limit)
+            results += [found[branch]] if limit[1] is not None else []
             readers = {where}
             for node in reversed(chain):
                 if all(u in readers or u.target in _TEMPLATES for u in node.users):
@@ -74,7 +74,7 @@ def _refined(ranges: Ranges, where: fx.Node) -> dict[fx.Node, Interval] | None:
     return {where: join(*results), **inside} if results else None
 
 
-def _constraint(ranges: Ranges, condition: Any, holds: bool) -> tuple[fx.Node, Interval | None] | None:
+def constraint(ranges: Ranges, condition: Any, holds: bool) -> tuple[fx.Node, Interval | None] | None:
     """The compared value and its bounds where ``condition`` is ``holds``; None for bounds where it never is."""
     if not isinstance(condition, fx.Node) or condition.target not in _BELOW | _ABOVE:
         return None

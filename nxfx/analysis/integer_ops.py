@@ -71,6 +71,7 @@ POINTWISE = frozenset(
 SHIFTS = frozenset(overloads("bitwise_left_shift", "bitwise_right_shift", "__lshift__", "__rshift__"))
 RIGHT_SHIFTS = frozenset(overloads("bitwise_right_shift", "__rshift__"))
 BITWISE = frozenset(overloads("bitwise_and", "bitwise_or", "bitwise_xor", "__and__", "__or__", "__xor__"))
+SUBTRACTIONS = frozenset(overloads("sub", "rsub"))
 CLAMPS = frozenset(overloads("clamp", "clip", "clamp_min", "clamp_max"))
 COMPARISONS = frozenset(overloads("eq", "ne", "lt", "le", "gt", "ge"))
 CHOICES = frozenset(overloads("where"))
@@ -147,6 +148,8 @@ def in_int32(node: fx.Node, number: int, bounds: Interval) -> int | None:
     """
     if node.target in RIGHT_SHIFTS and number > 31:
         return 31
+    if number == INT32[0] and node.target in SUBTRACTIONS:
+        return None  # torch negates its alpha, and refuses to
     if fits((number, number), INT32):
         return number
     if node.target in BITWISE:

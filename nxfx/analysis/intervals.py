@@ -8,7 +8,7 @@ boundary has to enforce (*assumed*).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -76,10 +76,14 @@ class Ranges:
         requirements: input node → what the boundary has to enforce for it.
         dims: symbol of a dynamic dimension without an upper bound that is assumed to fit int32.
         guarded: nodes whose bounds hold only at the elements that the one ``where`` reading them selects.
+        operands: placeholder of a higher-order op's body → its bounds, assumed and proved.
+        depth: how many loops this graph is in.
     """
 
-    def __init__(self, sources: Mapping[str, Source]) -> None:
+    def __init__(self, sources: Mapping[str, Source], depth: int = 0) -> None:
         self.sources = sources
+        self.depth = depth
+        self.operands: dict[fx.Node, tuple[Interval, Interval]] = {}
         self.premises: list[Premise] = []
         self.requirements: dict[fx.Node, Requirement] = {}
         self.dims: set[Any] = set()
@@ -123,6 +127,16 @@ class Ranges:
     def culprit(self, node: fx.Node) -> fx.Node | None:
         """An undeclared input that ``node``'s bounds depend on: what declaring its range would help."""
         return self._culprit.get(node)
+
+    def culprits(self) -> Iterable[tuple[fx.Node, fx.Node]]:
+        """Every node whose bounds depend on an undeclared input, with (one such) input."""
+        return self._culprit.items()
+
+    def culprit_name(self, node: fx.Node) -> str | None:
+        """The user's name for :meth:`culprit`."""
+        found = self.culprit(node)
+        source = self.sources.get(found.name) if found is not None else None
+        return None if source is None else source.culprit or source.name
 
     def of_float(self, node: fx.Node) -> tuple[float, float] | None:
         """Inclusive bounds of every element of a float tensor that is never nan, None when unknown."""

@@ -27,7 +27,11 @@ class Source:
         role: see :class:`Role`.
         value: the tensor it holds now (parameters, buffers, constants), None when unknown or fake.
         mutated: the graph writes it, so ``value`` proves nothing.
-        range: declared inclusive ``(low, high)``, None when not declared.
+        range: declared inclusive ``(low, high)``, None when not declared. Of an operand: what is proved of it.
+        assumed: of an undeclared input: tighter bounds than int32 that proofs rest on and the boundary enforces. Of an operand of a
+            higher-order op's body: its bounds when undeclared inputs of the model are within theirs.
+        culprit: of such an operand: the user's name for an undeclared input that ``assumed`` depends on.
+        seen: of an integer input: the extremes of the example.
     """
 
     name: str
@@ -35,6 +39,9 @@ class Source:
     value: torch.Tensor | None = None
     mutated: bool = False
     range: tuple[int, int] | None = None
+    assumed: tuple[int, int] | None = None
+    culprit: str | None = None
+    seen: tuple[int, int] | None = None
 
     @property
     def is_known(self) -> bool:

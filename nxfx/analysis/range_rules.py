@@ -391,11 +391,13 @@ def _all_bits(*bounds: Interval) -> int:
 @_rule(*overloads("bitwise_and", "__and__"))
 def _and(node: fx.Node, ranges: Ranges) -> Bounds:
     a, b = operand(node, ranges, node.args[0]), operand(node, ranges, node.args[1])
-    if a[0] >= 0 and b[0] >= 0:
-        return 0, min(a[1], b[1])
-    if a[0] >= 0 or b[0] >= 0:
-        return 0, a[1] if a[0] >= 0 else b[1]
-    return -_all_bits(a, b) - 1, max(a[1], b[1])
+    if a[0] < 0 and b[0] < 0:
+        return -_all_bits(a, b) - 1, max(a[1], b[1])
+    ends = [end[1] for end in (a, b) if end[0] >= 0]
+    for mask, value in ((a, b), (b, a)):
+        if mask[0] == mask[1] and value[0] >= 0:
+            ends.append(mask[0] & _all_bits(value))  # a constant leaves no bits but its own
+    return 0, min(ends)
 
 
 @_rule(*overloads("bitwise_or", "bitwise_xor", "__or__", "__xor__"))

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.analysis import dtype_rules
+from nxfx.analysis import bodies, dtype_rules
 from nxfx.analysis.guarded import refine
 from nxfx.analysis.implied import implied_range
 from nxfx.analysis.intervals import INT32, INT64, Bounds, Interval, Ranges, Requirement, fits, meet
 from nxfx.analysis.provenance import Premise, Role, Source
 from nxfx.analysis.range_rules import RULES, Rule, within
-from nxfx.graph import meta
+from nxfx.graph import meta, walk
 
 __all__ = ["INT32", "INT64", "Interval", "Ranges", "Requirement", "analyse", "fits"]
 
@@ -32,17 +32,18 @@ _SCAN_LIMIT = 1 << 24
 
 
 def analyse(
-    gm: fx.GraphModule, sources: Mapping[str, Source], requirements: Mapping[str, Interval] | None = None
+    gm: fx.GraphModule, sources: Mapping[str, Source], requirements: Mapping[str, Interval] | None = None, *, depth: int = 0
 ) -> Ranges:
-    """Bounds of every integer and bool value of ``gm``.
+    """Bounds of every integer and bool value of ``gm``, and of what it hands to the bodies of its higher-order ops.
 
     Args:
         gm: a functional ATen graph with ``val`` on every node.
         sources: placeholder or ``get_attr`` node name → origin. One that is missing (an operand of a higher-order op's body)
             is known by its dtype alone.
         requirements: input name → bounds that the boundary enforces already.
+        depth: how many loops ``gm`` is in.
     """
-    ranges = Ranges(sources)
+    ranges = Ranges(sources, depth)
     requirements = requirements or {}
     assumed = ranges._assumed
     fake = meta.FakeTensor
@@ -63,6 +64,9 @@ def analyse(
             _apply(ranges, node, partial(ranges.symbolic, value))
             continue
         elif kind is tuple or kind is list:
+            if walk.is_higher_order(node):
+                _apply(ranges, node, partial(bodies.enter, ranges, node))
+                continue
             _enter_many(ranges, node, value, RULES.get(node.target))
             continue
         else:
@@ -114,7 +118,7 @@ def _enter_source(
 ) -> None:
     source = ranges.sources.get(node.name)
     if source is None or source.role is Role.OPAQUE:
-        ranges._assumed[node] = limits
+        _enter_operand(ranges, node, source, limits)
         return
     if source.is_known and source.role is not Role.INPUT:
         ranges._assumed[node] = _known_value(ranges, source, limits)
@@ -138,9 +142,18 @@ def _enter_source(
         ranges._assumed[node] = meet(limits, implied[0])
         ranges.requirements[node] = Requirement(meet(limits, implied[0]), "implied", implied[1])
     else:
-        ranges._assumed[node], ranges._proved[node] = meet(limits, INT32), limits
+        assumed = meet(limits, source.assumed or INT32)
+        ranges._assumed[node], ranges._proved[node] = assumed, limits
         ranges._culprit[node] = node
-        ranges.requirements[node] = Requirement(meet(limits, INT32), "assumed", "an undeclared input is taken to fit int32")
+        ranges.requirements[node] = Requirement(assumed, "assumed", "an undeclared input is taken to fit int32")
+
+
+def _enter_operand(ranges: Ranges, node: fx.Node, source: Source | None, limits: Interval) -> None:
+    """The operand of a body: what the graph around it knows."""
+    proved = meet(limits, source.range) if source is not None and source.range is not None else limits
+    ranges._assumed[node] = meet(limits, source.assumed) if source is not None and source.assumed is not None else proved
+    if ranges._assumed[node] != proved:
+        ranges._proved[node], ranges._culprit[node] = proved, node
 
 
 def _known_value(ranges: Ranges, source: Source, limits: Interval) -> Interval:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import logging
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.analysis.provenance import Source
+from nxfx.analysis.dtype_rules import integer_bounds, is_integral
+from nxfx.analysis.provenance import Role, Source
 from nxfx.capture import branches, errors, normalise
 from nxfx.capture.frames import whole_traces
 from nxfx.capture.interception import Session, interception
@@ -27,6 +29,7 @@ from nxfx.capture.structure import Flat, Path, flatten, leaf_names
 from nxfx.capture.unlift import inputs_to_buffers, unlift
 from nxfx.capture.writes import check_writes
 from nxfx.errors import CaptureError, UsageError
+from nxfx.graph import meta
 from nxfx.report import Finding, Report, Rewrite, Severity
 
 Ranges = dict[str, tuple[int, int]]
@@ -103,7 +106,8 @@ def capture(
     if scripted:
         raise CaptureError(f"{scripted[0]!r} is a TorchScript module: use the nn.Module that it was made from", construct="TorchScript")
     convention = Convention(flat.spec, input_names(flat, positional))
-    ranges = _check_ranges(ranges or {}, convention.input_names, positional + list(kwargs), model)
+    dtypes = {n: leaf.dtype for n, leaf in zip(convention.input_names, flat.leaves, strict=True) if isinstance(leaf, torch.Tensor)}
+    ranges = _check_ranges(ranges or {}, dtypes, positional + list(kwargs), model)
     state = ModuleState(model)
     session = Session()
     shell: Shell | StrictShell = Shell(model, convention, state, lambda: interception(session, training=training))
@@ -148,6 +152,7 @@ def capture(
         )
     session.findings += foreign_tensors(program)
     graph_module, sources, buffers, inputs = unlift(program, shell, model, convention, ranges)
+    _note_examples(sources, dict(zip(convention.input_names, flat.leaves, strict=True)))
     done = time.perf_counter()
     if convention.output_count == 0:
         raise CaptureError(f"{type(model).__name__}.forward returns no tensor: there is nothing to compile", construct="no tensor output")
@@ -287,10 +292,24 @@ def _flat_dynamic_shapes(dynamic_shapes: Any, flat: Flat, positional: list[str],
     return result
 
 
-def _check_ranges(ranges: Ranges, leaves: list[str], arguments: list[str], model: torch.nn.Module) -> Ranges:
-    """Ranges by leaf name; an argument's name stands for all its leaves."""
+def _note_examples(sources: dict[str, Source], leaves: dict[str, Any]) -> None:
+    """The extremes of the example's int64 inputs."""
+    for node, source in sources.items():
+        value = leaves.get(source.name) if source.role is Role.INPUT else None
+        if not isinstance(value, torch.Tensor) or value.is_meta or isinstance(value, meta.FakeTensor):
+            continue
+        if value.dtype is torch.int64 and value.numel():
+            low, high = torch.aminmax(value.detach())
+            sources[node] = dataclasses.replace(source, seen=(int(low), int(high)))
+
+
+def _check_ranges(ranges: Ranges, leaves: dict[str, torch.dtype], arguments: list[str], model: torch.nn.Module) -> Ranges:
+    """Ranges by leaf name; an argument's name stands for all its integer leaves, and gives way to the name of a leaf."""
     found: Ranges = {}
-    for name, (low, high) in ranges.items():
+    for name, bounds in sorted(ranges.items(), key=lambda item: item[0] in leaves):
+        if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(isinstance(b, int) for b in bounds)):
+            raise UsageError(f"ranges: {name!r} wants two integers (low, high), not {bounds!r}")
+        low, high = bounds
         if low > high:
             raise UsageError(f"ranges: {name!r} has low {low} above high {high}")
         matching = [n for n in leaves if n == name] or [n for n in leaves if name in arguments and n.startswith(f"{name}_")]
@@ -298,7 +317,15 @@ def _check_ranges(ranges: Ranges, leaves: list[str], arguments: list[str], model
             near = difflib.get_close_matches(name, leaves, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else f" The inputs are: {', '.join(leaves)}."
             raise UsageError(f"ranges: no input {name!r}.{hint}")
-        found |= dict.fromkeys(matching, (int(low), int(high)))
+        integers = [n for n in matching if is_integral(leaves[n])]
+        if matching and not integers:
+            dtype = str(leaves[matching[0]]).removeprefix("torch.")
+            raise UsageError(f"ranges: {name!r} is {dtype}, and ranges are of integers")
+        for leaf in integers:
+            first, last = integer_bounds(leaves[leaf])
+            if high < first or low > last:
+                raise UsageError(f"ranges: no {str(leaves[leaf]).removeprefix('torch.')} is in [{low}, {high}], declared for {leaf!r}")
+        found |= dict.fromkeys(integers, (int(low), int(high)))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from nxfx.graph import meta, walk
+from nxfx.graph.higher_order import take_apart
 
 # Nodes that legitimately have no value: assertions and constraint hints.
 _VALUELESS = ("_assert", "sym_constrain_range", "_assert_async", "_assert_scalar", "_assert_tensor_metadata")
@@ -46,14 +47,20 @@ def drawing(gm: fx.GraphModule) -> tuple[str, ...]:
     return tuple(f"{n.op} {n.name} {n.target} {n.args} {n.kwargs}" for n in gm.graph.nodes)
 
 
-def check(gm: fx.GraphModule, contract: Contract | None = None) -> list[Broken]:
-    """Every broken invariant of ``gm``: order, metadata, values that re-evaluation does not confirm, mutation, contract."""
+def check(gm: fx.GraphModule, contract: Contract | None = None, *, may_narrow: bool = False) -> list[Broken]:
+    """Every broken invariant of ``gm``: order, metadata, values that re-evaluation does not confirm, mutation, contract.
+
+    Args:
+        may_narrow: ``gm`` is a body, whose edge may have become narrow together with the op that runs it (that they agree is an
+            invariant of the graph around it).
+    """
     broken = list(_structure(gm))
     if broken:
         return broken
     broken += _values(gm.graph)
+    broken += _bodies(gm.graph)
     if contract is not None:
-        broken += _contract(gm, contract)
+        broken += _contract(gm, contract, _narrowed if may_narrow else str)
     return broken
 
 
@@ -91,6 +98,19 @@ def _values(graph: fx.Graph) -> Iterator[Broken]:
             yield from _re_evaluate(node, mode)
 
 
+def _bodies(graph: fx.Graph) -> Iterator[Broken]:
+    """What a higher-order op passes, its bodies take and return, and its results are of one dtype."""
+    for node in graph.nodes:
+        call = take_apart(node) if walk.is_higher_order(node) else None
+        for slot in call.slots if call is not None else ():
+            values = [meta.val(v) for v in (*slot.operands, *slot.placeholders, *slot.returned()) if isinstance(v, fx.Node)]
+            if slot.result is not None:
+                values.append(meta.val(node)[slot.result])
+            dtypes = {v.dtype for v in values if isinstance(v, torch.Tensor)}
+            if len(dtypes) > 1:
+                yield Broken("bodies-agree", node.name, f"one variable of it is {' and '.join(sorted(map(str, dtypes)))}")
+
+
 def _untraced(node: fx.Node) -> bool:
     return all("stack_trace" not in n.meta for n in (*node.all_input_nodes, *node.users))
 
@@ -117,15 +137,23 @@ def _output_value(value: Any) -> Any:
     return meta.val(value) if isinstance(value, fx.Node) else value
 
 
-def _contract(gm: fx.GraphModule, contract: Contract) -> Iterator[Broken]:
+def _narrowed(described: object) -> str:
+    """A description in which 64-bit dtypes and the 32-bit ones that stand for them are one."""
+    text = str(described)
+    for wide, narrow in (("int64[", "int32["), ("float64[", "float32["), ("complex128[", "complex64[")):
+        text = text.replace(wide, narrow)
+    return text
+
+
+def _contract(gm: fx.GraphModule, contract: Contract, told_apart: Callable[[object], str]) -> Iterator[Broken]:
     now = contract_of(gm)
-    if now.inputs != contract.inputs:
+    if told_apart(now.inputs) != told_apart(contract.inputs):
         changed = sorted(set(now.inputs) ^ set(contract.inputs))
         yield Broken("inputs-kept", changed[0][0] if changed else "", f"inputs are {now.inputs}, were {contract.inputs}")
     if len(now.outputs) != len(contract.outputs):
         yield Broken("outputs-kept", "output", f"{len(now.outputs)} outputs, were {len(contract.outputs)}")
     for position, (is_, was) in enumerate(zip(now.outputs, contract.outputs, strict=False)):
-        if is_ != was:
+        if told_apart(is_) != told_apart(was):
             yield Broken("outputs-kept", "output", f"output {position} is {is_}, was {was}")
 
 

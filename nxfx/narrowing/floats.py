@@ -91,4 +91,7 @@ class NarrowFloats(Narrower):
         source = self.context.sources.get(node.name)
         what = f"`{source.name}` is {name(dtype)}" if source is not None else f"`{op_name(node)}` gives {name(dtype)}"
         fix = f"write {name(self.book.narrow[dtype])} in the model, or let narrow-64bit{{fp64=narrow}} compute in it"
+        if sums := float64.done_on_purpose(node):
+            what = f"`{'`, `'.join(sums)}` in float64 between casts: no Neuron generation has it, and it becomes float32 there"
+            fix = "pass --auto-cast=none, or a matmul becomes bf16; narrow-64bit{fp64=narrow} makes it float32 for CPU and device alike"
         self.keep(node, "NX302", what, fix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,9 @@ _BOUND_IT = "bound it in the model, e.g. with clamp or remainder"
 
 
 def op_name(node: fx.Node) -> str:
-    """The op's name as the user knows it: ``add`` for ``aten.add.Tensor``."""
+    """The op's name as the user knows it: ``add`` for ``aten.add.Tensor``, ``topk`` for one of its outputs."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return op_name(node.args[0])
     return str(getattr(node.target, "__name__", node.target)).split(".")[0]
 
 
@@ -26,14 +29,13 @@ def why_kept(
     node: fx.Node, bounds: Interval | None, ranges: Ranges, context: PassContext
 ) -> tuple[str, str, str]:
     """Code, reason and fix for a value that may not fit int32."""
-    culprit = ranges.culprit(node)
-    origin = context.sources.get(culprit.name) if culprit is not None else None
-    fix = f'declare ranges={{"{origin.name}": (low, high)}}' if origin is not None else _BOUND_IT
+    culprit = ranges.culprit_name(node)
+    fix = f'declare ranges={{"{culprit}": (low, high)}}' if culprit is not None else _BOUND_IT
     if node.op == "call_function":
         return "NX301", f"`{op_name(node)}` {_reach(bounds)}", fix
     source = context.sources.get(node.name)
-    if source is None:
-        return "NX301", f"`{node.name}` is an operand of a higher-order op: no bound is known", "cast it to int32 inside"
+    if source is None or context.is_body:
+        return "NX301", f"`{node.name}`, an operand of a higher-order op, {_reach(bounds)}", fix
     if source.role in (Role.BUFFER, Role.PARAMETER, Role.CONSTANT) and source.is_known:
         return "NX306", f"`{source.name}` holds values beyond int32", "store it in 32 bits, or split it"
     return "NX301", f"`{source.name}` may hold values beyond int32", fix
@@ -57,12 +59,14 @@ def assumptions(gm: fx.GraphModule, ranges: Ranges, context: PassContext) -> Ite
     for node, requirement in ranges.requirements.items():
         name = context.sources[node.name].name
         if requirement.basis == "assumed" and name in context.requirements:
-            message = f"`{name}` is taken to fit int32; the boundary refuses anything else"
-            yield Finding.at(node, "NX303", Severity.INFO, message, f'declare ranges={{"{name}": (low, high)}} for a tighter bound')
+            tighter = requirement.bounds != INT32
+            what = f"stay within [{requirement.bounds[0]}, {requirement.bounds[1]}], where its sums fit int32" if tighter else "fit int32"
+            message = f"`{name}` is taken to {what}; the boundary refuses anything else"
+            yield Finding.at(node, "NX303", Severity.INFO, message, f'declare ranges={{"{name}": (low, high)}}, what it can really hold')
     for symbol in sorted(ranges.dims, key=str):
         node_with = next((n for n in gm.graph.nodes if _has_dimension(n, symbol)), None)
         if node_with is not None:
-            message = f"the dynamic dimension {symbol} of `{node_with.name}` is taken to stay below 2^31"
+            message = f"the dynamic dimension {symbol} of `{node_with.name}` is taken to stay below 2^31; the boundary refuses more"
             yield Finding.at(node_with, "NX303", Severity.INFO, message, "give it a maximum in dynamic_shapes")
 
 
