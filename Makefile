@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz lint bench wheel-check clean
+.PHONY: help demo test test-xla fuzz lint bench wheel-check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(VENV)/dev.stamp ## the four problems, before and after nxfx
 
 test: $(VENV)/dev.stamp ## run the tests (JOBS=2 processes, ARGS="-k narrow")
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+test-xla: ## run the passes, capture and hand-off tests on torch 2.9 with torch-xla (7 GB; skipped when the disk has less)
+	JOBS=$(JOBS) .ci/test-xla $(PYTHON) $(ARGS)
 
 fuzz: $(VENV)/dev.stamp ## random programs against eager (ARGS="--what writes|bounds|integers --programs 50000 --seed 0")
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -W ignore tests/fuzz.py $(ARGS)
@@ -38,7 +41,7 @@ wheel-check: $(VENV)/dev.stamp ## build the wheel and try it in a clean environm
 	TORCH='$(TORCH)' .ci/wheel-check $(BIN)/python
 
 clean: ## remove the environment, builds and caches
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-xla build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find nxfx passes tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: its pinned version decides what everything after it resolves to.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nxfx.report.locations import Location
     from nxfx.report.report import Report
 
 
@@ -74,3 +75,21 @@ class RangeError(NxfxError, ValueError):
         self.position = position
         self.flat_position = flat_position
         self.range = range
+
+
+class LoweringError(NxfxError):
+    """A lowering refused the graph.
+
+    Attributes:
+        op: the operation that it refuses, e.g. ``"aten.nonzero.default"``; ``""`` when that could not be told.
+        location: the user's line that made it.
+    """
+
+    def __init__(self, message: str, *, op: str = "", location: Location | None = None) -> None:
+        super().__init__(message)
+        self.op = op
+        self.location = location
+
+
+class MissingDependencyError(NxfxError, ImportError):
+    """A hand-off needs a package that is not installed, or not one that fits; the message tells how to install it."""

@@ -23,6 +23,8 @@ EXIT_CODES = "Exit codes: 0 done; 1 the model failed, or check found errors; 2 w
 
 FORMATS = ("code", "text", "table", "json", "dot")
 REPORT_FORMATS = ("text", "json")
+DIALECTS = ("stablehlo", "hlo")
+WEIGHTS = ("arguments", "inline")
 
 
 class Commands(TyperGroup):
@@ -66,6 +68,7 @@ app = typer.Typer(
     epilog="[bold]Start here[/]\n\n\b\n"
     "nxfx check model.py:tiny          what would go wrong on Neuron, and where\n"
     "nxfx dump model.py:tiny --diff    what nxfx changes\n"
+    "nxfx lower model.py:tiny          what goes to the compiler, lowered\n"
     "nxfx passes                       what the passes are\n"
     "nxfx doctor                       what this machine can compile for",
 )
@@ -214,6 +217,58 @@ def check(
             raise result.error
         if result.report.errors or (strict_warnings and result.report.warnings):
             raise typer.Exit(console.FAILED)
+
+
+@app.command(epilog=EXIT_CODES)
+def lower(
+    spec: Spec,
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="|".join(DIALECTS), help="stablehlo: through torch-mlir. hlo: through torch-xla."),
+    ] = "stablehlo",
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            metavar="|".join(WEIGHTS),
+            help="arguments: the program takes the weights before the inputs. inline: it holds them (stablehlo only).",
+        ),
+    ] = "arguments",
+    pipeline: PipelineText = None,
+    target: Target = "trn2",
+    ranges: Ranges = None,
+    output: Output = None,
+    traceback: Traceback = False,
+) -> None:
+    """Lower the cleaned graph with the real upstream compilers, without Neuron hardware: the program that would go on to Neuron.
+
+    The program goes to -o FILE or to standard output (a FILE that ends in .mlirbc is MLIR bytecode); a summary goes to
+    standard error: how many operations there are, which of them Neuron handles badly (scatter, gather, sort, custom calls,
+    64-bit), and the lines of the model that they come from.
+
+    Exits 1 when the compiler refuses the graph, and names the operation and your line.
+
+    [bold]Examples[/]
+
+    \b
+    nxfx lower model.py:tiny -o tiny.mlir             StableHLO, weights as arguments
+    nxfx lower model.py:tiny --weights inline -o tiny.mlirbc
+                                                      ... weights inside, as MLIR bytecode
+    nxfx lower model.py:tiny --to hlo -o tiny.hlo     HLO, as legacy torch-neuronx compiles it
+    nxfx lower model.py:tiny --pipeline ''            the graph as captured, to compare
+    """
+    with console.reported("lower", traceback):
+        console.choose("lowering", to, DIALECTS)
+        console.choose("--weights", weights, WEIGHTS)
+        from nxfx.cli import lower
+
+        console.check_writable(output)
+        lowered = lower.run(lower.Request(spec, to, weights, pipeline, target, console.ranges(ranges or ())))
+        if output is not None and output.suffix == ".mlirbc":
+            lowered.write(output)
+        else:
+            console.emit(lowered.text, output)
+        console.note(lowered.summary())
 
 
 @app.command(epilog=EXIT_CODES)

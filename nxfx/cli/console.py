@@ -38,6 +38,12 @@ def say(message: str, *, command: str = "nxfx") -> None:
         Console(stderr=True, highlight=False, soft_wrap=True).print(line)
 
 
+def note(text: str) -> None:
+    """What goes with a result, on standard error: never mixed into the result itself."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stderr.write(printable(text.rstrip("\n") + "\n"))
+
+
 def emit(text: str, output: Path | None = None, paint: Paint | None = None) -> None:
     """Write a result to ``output`` or to standard output, coloured by ``paint`` when that is a terminal.
 

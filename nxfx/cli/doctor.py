@@ -199,7 +199,7 @@ def _xla(available: bool) -> HandOff:
     return HandOff(
         "torch-xla (HLO, StableHLO; no Neuron hardware)",
         available,
-        'nxfx.prepare(model, args).to("xla")',
+        'nxfx lower SPEC --to hlo; nxfx.prepare(model, args).to("xla")',
         "pip install 'nxfx[xla]' (torch 2.9, the last with PyTorch/XLA)",
     )
 
@@ -209,6 +209,6 @@ def _stablehlo() -> HandOff:
     return HandOff(
         "torch-mlir (StableHLO, what TorchNeuron lowers to; no Neuron hardware)",
         not missing and _present("torch_mlir.fx"),
-        'torch_mlir.fx.export_and_import(p.graph_module, *p.example_inputs, output_type="stablehlo")',
+        'nxfx lower SPEC --to stablehlo; nxfx.handoff.stablehlo.lower(nxfx.prepare(model, args))',
         f"pip install 'nxfx[stablehlo]'{' (missing: ' + ', '.join(missing) + ')' if missing else ''}",
     )
