@@ -88,6 +88,7 @@ AMBIGUOUS = {
     "windows that leave gaps, the last one short": "x[:, :5].unfold(1, 2, 3).fill_(3)",
     "overlapping windows": "x.unfold(1, 3, 1).fill_(3)",
     "overlapping strides": "x.as_strided((3, 3), (1, 1)).copy_(v[:3, :3])",
+    "as_strided after a transposed write": "x.t().scatter_(0, i[:1, None].expand(1, 4), 7.0)\n    x.as_strided((3,), (3,), 2)[:1] = 9",
 }
 
 

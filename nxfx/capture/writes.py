@@ -17,6 +17,7 @@ from torch import fx
 
 from nxfx.capture import errors, trace
 from nxfx.graph import meta, walk
+from nxfx.graph.masks import is_row_major
 
 aten = torch.ops.aten
 
@@ -71,6 +72,7 @@ class _Writes:
         self._written = {_memory(n.args[0]) for n in self._nodes if _writes(n) and n.target is not aten.detach_.default}
 
     def check(self) -> None:
+        self._check_memory_reads()
         seen = set()
         for node in self._nodes:
             if node.target not in _UNCHECKED and not (_writes(node) and _is_risky(node)):
@@ -79,6 +81,20 @@ class _Writes:
             if key not in seen:
                 seen.add(key)
                 self._check(node)
+
+    def _check_memory_reads(self) -> None:
+        """``as_strided`` counts positions in memory. A write through a reordered view comes back in another memory order."""
+        reordered: dict[Any, fx.Node] = {}
+        for node in self._nodes:
+            if _writes(node) and not is_row_major(meta.val(node.args[0])):
+                reordered.setdefault(_memory(node.args[0]), node)
+        for node in self._nodes if reordered else ():
+            if node.target is aten.as_strided.default and _memory(node.args[0]) in reordered:
+                raise errors.refused_write(
+                    reordered[_memory(node.args[0])],
+                    "a write through a transposed or permuted view of memory that as_strided() reads",
+                    "slice, index or unfold() instead of as_strided(), or write to the tensor itself",
+                )
 
     def _check(self, node: fx.Node) -> None:
         if _writes(node) and (through := _shared_elements(node)):
