@@ -40,13 +40,17 @@ class Flat:
     origins: dict[str, fx.Node]
 
 
-class _Weights(fx.Interpreter):
-    """Runs a graph with other tensors in the place of its own."""
+class WithWeights(fx.Interpreter):
+    """Runs a graph with other tensors in the place of its own, and other code in the place of some ops.
 
-    def __init__(self, graph_module: fx.GraphModule, weights: Mapping[str, torch.Tensor], composites: Table) -> None:
+    Attributes:
+        current: the node that runs.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, weights: Mapping[str, torch.Tensor], own: Mapping[Any, Any]) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
-        self.weights, self.composites = weights, composites
+        self.weights, self.own = weights, own
         self.current: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
@@ -57,9 +61,14 @@ class _Weights(fx.Interpreter):
         return self.weights[target] if target in self.weights else super().get_attr(target, args, kwargs)
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        own = self.composites.get(target)
+        own = self.own.get(target)
         if own is not None and (result := own(*args, **kwargs)) is not NotImplemented:
             return result
+        return super().call_function(target, args, kwargs)
+
+
+class _Decomposing(WithWeights):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         # The decomposition before it may leave other strides than the kernel that it stands for.
         return super().call_function(aten.reshape.default if target is aten.view.default else target, args, kwargs)
 
@@ -93,7 +102,7 @@ def decompose(graph_module: fx.GraphModule, table: Table, composites: Table | No
     mode = meta.fake_mode_of(graph_module.graph)
 
     def run(*leaves: Any) -> Any:
-        runner = _Weights(graph_module, dict(zip(weights, leaves, strict=False)), composites or {})
+        runner = _Decomposing(graph_module, dict(zip(weights, leaves, strict=False)), composites or {})
         try:
             return runner.run(*leaves[len(weights) :])
         except Exception as error:

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from nxfx.errors import LoweringError, MissingDependencyError
-from nxfx.handoff.decompose import weights_of
+from nxfx.handoff.decompose import WithWeights, weights_of
 from nxfx.handoff.decompositions import TABLE
 from nxfx.handoff.legalise import legalise
 from nxfx.handoff.lowered import Lowered, admitted, example_of, graph_of
@@ -151,27 +151,15 @@ def _no_execution(xla: Any) -> Iterator[None]:
         xla._XLAC._set_allow_execution(allowed)
 
 
-class _OnDevice(fx.Interpreter):
+class _OnDevice(WithWeights):
     """Runs a graph on another device than the one it names, with copies of its tensors there."""
 
     def __init__(self, graph_module: fx.GraphModule, weights: dict[str, torch.Tensor], device: torch.device) -> None:
-        super().__init__(graph_module)
-        self.extra_traceback = False
-        self.weights, self.device = weights, device
-        self.current: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.current = n
-        return super().run_node(n)
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.weights[target] if target in self.weights else super().get_attr(target, args, kwargs)
+        super().__init__(graph_module, weights, _OWN)
+        self.device = device
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = (fx.node.map_aggregate(v, self._moved) for v in (args, kwargs))
-        own = _OWN.get(target)
-        if own is not None and (result := own(*args, **kwargs)) is not NotImplemented:
-            return result
         return super().call_function(target, args, kwargs)
 
     def _moved(self, value: Any) -> Any:
