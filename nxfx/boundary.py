@@ -89,7 +89,8 @@ class InputRule:
         hint = {
             "declared": "this is the range declared with ranges=",
             "implied by use": "the model uses it as an index into a dimension of that size",
-            "assumed": "what is computed from larger values may leave int32, which the graph was narrowed to; declare what it can hold with ranges=",
+            "assumed": "what is computed from larger values may leave int32, which the graph was narrowed to; "
+            "declare what it can hold with ranges=",
         }.get(self.why, "the graph was narrowed to int32; declare what it can hold with ranges=")
         raise RangeError(
             f"input {self.name!r}: value {found} at {list(position)} (flat position {flat_position}) is outside [{self.low}, {self.high}]: "
