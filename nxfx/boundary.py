@@ -51,7 +51,7 @@ class InputRule:
         name: the user's name for it.
         narrow: dtype the graph takes, None when it takes the caller's.
         low, high: inclusive range that is enforced; None when nothing rests on it.
-        why: where the range comes from: ``"declared"``, ``"implied by use"``, ``"assumed"`` (sums of it fit) or ``"int32"``.
+        why: where the range comes from: ``"declared"``, ``"implied by use"``, ``"assumed"`` (what is computed from it fits) or ``"int32"``.
     """
 
     name: str
@@ -89,7 +89,8 @@ class InputRule:
         hint = {
             "declared": "this is the range declared with ranges=",
             "implied by use": "the model uses it as an index into a dimension of that size",
-            "assumed": "sums of such values may leave int32, which the graph was narrowed to; declare what it can hold with ranges=",
+            "assumed": "what is computed from larger values may leave int32, which the graph was narrowed to; "
+            "declare what it can hold with ranges=",
         }.get(self.why, "the graph was narrowed to int32; declare what it can hold with ranges=")
         raise RangeError(
             f"input {self.name!r}: value {found} at {list(position)} (flat position {flat_position}) is outside [{self.low}, {self.high}]: "

@@ -149,7 +149,7 @@ class _NarrowIntegers(Narrower):
             self._source(node)
         elif node.target is integer_ops.METADATA_ASSERT:
             self.metadata_assert(node)
-        elif self.book.is_own_cast(node):
+        elif self.book.is_own_cast(node) or node.target in integer_ops.READS_LAYOUT:
             return
         elif walk.is_higher_order(node):
             self._higher_order(node)

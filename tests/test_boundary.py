@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -119,10 +120,10 @@ def test_a_mask_that_is_summed_is_assumed_to_be_as_small_as_its_sums_need() -> N
     prepared = nxfx.prepare(Model(positions), (torch.ones(2, 64, dtype=torch.int64),))
     assert prepared.report.wide_edges["after"] == 0
     assert prepared.report.requirements == {"x": (-(2**12), 2**12)}
-    assert any("`x` is taken to stay within [-4096, 4096], where its sums fit int32" in f.message for f in prepared.report.findings)
+    assert any("`x` is taken to stay within [-4096, 4096], where what is computed from it fits int32" in f.message for f in prepared.report.findings)
     for value in (0, 1, -1, 4096, -4096):
         equal(positions, prepared, torch.full((2, 64), value))
-    with pytest.raises(nxfx.RangeError, match=r"value 4097 at \[1, 63\] .*sums of such values may leave int32") as caught:
+    with pytest.raises(nxfx.RangeError, match=r"value 4097 at \[1, 63\] .*what is computed from larger values may leave int32") as caught:
         prepared(torch.ones(2, 64, dtype=torch.int64).index_put((tensor(1), tensor(63)), tensor(4097)))
     assert caught.value.range == (-4096, 4096) and caught.value.flat_position == 127
 
@@ -152,6 +153,76 @@ def test_mode_proved_assumes_nothing_of_sums() -> None:
     prepared = nxfx.prepare(Model(positions), (torch.ones(2, 64, dtype=torch.int64),), pipeline=pipeline)
     assert prepared.report.requirements == {}
     equal(positions, prepared, torch.full((2, 64), 2**40))
+
+
+def test_positions_less_one_are_narrow_within_an_enforced_range() -> None:
+    prepared = prepared_of(lambda x: x.view(-1) - 1, 0, 1)
+    assert prepared.report.wide_edges["after"] == 0
+    assert prepared.report.requirements == {"x": (-(2**30), 2**30)}
+    equal(lambda x: x.view(-1) - 1, prepared, tensor(2**30, -(2**30)))
+    with pytest.raises(nxfx.RangeError, match=r"value -2147483648 at \[1\] .*what is computed from larger values may leave int32"):
+        prepared(tensor(0, -(2**31)))
+
+
+def outer_masks(x: torch.Tensor) -> Any:
+    """As deberta-v2 and big_bird compute them."""
+    return x[:, None] * x[None], torch.einsum("i,j->ij", x[1:], x[:2])
+
+
+def test_a_mask_times_a_mask_is_narrow_within_an_enforced_range() -> None:
+    prepared = prepared_of(outer_masks, 0, 1, 1)
+    assert prepared.report.wide_edges["after"] == 0
+    assert prepared.report.requirements == {"x": (-(2**15), 2**15)}
+    equal(outer_masks, prepared, tensor(2**15, -(2**15), 3))
+    with pytest.raises(nxfx.RangeError, match="value 32769"):
+        prepared(tensor(1, 1, 2**15 + 1))
+
+
+def test_a_product_of_ids_is_kept_and_takes_every_int32() -> None:
+    prepared = prepared_of(outer_masks, 5, 9, 2)
+    assert prepared.report.wide_edges["after"] > 0
+    equal(outer_masks, prepared, tensor(2**31 - 1, -(2**31), 3))
+
+
+def test_an_input_with_large_examples_does_not_loosen_the_bound_of_another() -> None:
+    def function(x: torch.Tensor, y: torch.Tensor) -> Any:
+        return x.cumsum(-1) * x, y + 1
+
+    class Two(torch.nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+            return function(x, y)
+
+    prepared = nxfx.prepare(Two(), (torch.ones(64, dtype=torch.int64), tensor(10**6)))
+    assert prepared.report.requirements == {"x": (-(2**12), 2**12), "y": (-(2**26), 2**26)}
+    outcome = compare(function(torch.full((64,), 2**12), tensor(2**26)), prepared(torch.full((64,), 2**12), tensor(2**26)))
+    assert outcome.ok, outcome.mismatches
+
+
+# --- what is no tensor --------------------------------------------------------------------------------------------------
+
+
+class TakesAnything(torch.nn.Module):
+    def forward(self, x: Any, times: int = 3) -> torch.Tensor:
+        return torch.as_tensor(x) * times + 1
+
+
+def test_numpy_arrays_are_taken_as_the_model_takes_them() -> None:
+    """Their values are part of the capture: none is narrowed unseen, and another value is another capture."""
+    model, array = TakesAnything(), numpy.array([1, 2])
+    prepared = nxfx.prepare(model)
+    assert torch.equal(prepared(array), model(array))
+    array[1] = 2**40
+    assert torch.equal(prepared(array), model(array))
+    assert len(prepared.captures) == 2
+
+
+@pytest.mark.parametrize("times", [-1, 2**31, 2**40], ids=str)
+def test_a_python_int_beyond_int32_is_computed_in_int64(times: int) -> None:
+    model = TakesAnything()
+    prepared = nxfx.prepare(model)
+    for number in (2, times):
+        assert torch.equal(prepared(tensor(3, 7), number), model(tensor(3, 7), number))
+    assert len(prepared.captures) == 2
 
 
 # --- outputs ------------------------------------------------------------------------------------------------------------

@@ -476,6 +476,24 @@ def test_a_guarded_value_with_another_reader_is_kept() -> None:
     assert messages(result, "NX301")
 
 
+def test_a_branch_that_is_never_taken_is_one_in_every_run() -> None:
+    """The first run takes the cast away that the condition reads; what it proves must not rest on that."""
+
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        small = x & 63
+        copied = small.to(torch.int64, copy=True)
+        return (torch.where(copied < 100, copied * 2, x.clamp(-2, 2**32) * 3 - small * 1000),)
+
+    captured, result = narrow(model, (tensor(0, 70, 2**31 - 1),))
+    (where,) = captured.gm.graph.find_nodes(op="call_function", target=aten.where.self)
+    assert [n.meta["val"].dtype for n in where.all_input_nodes] == [torch.bool, torch.int32, torch.int32]
+
+
+@pytest.mark.parametrize("mode", ["assume", "proved"])
+def test_an_integer_program_whose_second_run_added_a_cast(mode: str) -> None:
+    integer_programs.check_integers(71650, mode=mode)
+
+
 # --- inputs, buffers, requirements, reports -----------------------------------------------------------------------------
 
 

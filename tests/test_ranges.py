@@ -310,6 +310,23 @@ def test_both_branches_reading_one_value_get_both_bounds() -> None:
     assert ranges.of(result(captured)) == (-(2**32), 2**32 - 2)
 
 
+def test_a_condition_on_a_cast_bounds_what_was_cast() -> None:
+    def model(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        as_int32 = x.to(torch.int32)
+        return torch.where(as_int32 < 8, x * 2**30, 0), torch.where(as_int32 < 8, 0, x * 2**30)
+
+    captured, ranges = analysed(model, (ids(4),), ranges={"args_0": (0, 99)})
+    assert ranges.of(result(captured, 0)) == (0, 7 * 2**30)
+    assert ranges.of(result(captured, 1)) == (0, 99 * 2**30)
+
+
+def test_a_condition_on_a_cast_that_wraps_bounds_nothing_but_the_cast() -> None:
+    captured, ranges = analysed(
+        lambda x: (torch.where(x.to(torch.int32) < 8, x, 0),), (ids(4),), ranges={"args_0": (0, 2**40)}
+    )
+    assert ranges.of(result(captured)) == (0, 2**40)
+
+
 # --- soundness -------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.guarded import constraint
+from nxfx.analysis.guarded import before_casts, constraint
 from nxfx.analysis.intervals import INT32, Bounds, Interval, Ranges, fits, join, meet
 from nxfx.analysis.provenance import Role, Source
 from nxfx.graph import meta, walk
@@ -191,13 +191,7 @@ class _Solver:
 
 def _source_of(ranges: Ranges, value: Any) -> Any:
     """``value`` before casts that change no number of it."""
-    while isinstance(value, fx.Node) and value.target is aten._to_copy.default:
-        inner, dtype = value.args[0], meta.dtype_of(value)
-        bounds = ranges.proved(inner) if isinstance(inner, fx.Node) else None
-        if bounds is None or dtype is None or not dtype_rules.is_integral(dtype) or not fits(bounds, dtype_rules.integer_bounds(dtype)):
-            break
-        value = inner
-    return value
+    return list(before_casts(value, ranges.proved))[-1] if isinstance(value, fx.Node) else value
 
 
 def _limits(slot: Slot) -> Interval | None:

@@ -7,6 +7,7 @@ from it. Values that only this ``where`` reads need to be right only there.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -55,15 +56,16 @@ def _refined(ranges: Ranges, where: fx.Node) -> dict[fx.Node, Interval] | None:
         if bounds is None:
             return None
         limit = constraint(ranges, condition, holds)
-        if limit is not None and branch is limit[0]:
+        compared = list(before_casts(limit[0], ranges.read)) if limit is not None else []
+        if limit is not None and branch in compared:
             results += [limit[1]] if limit[1] is not None else []
         elif fits(bounds, INT32) or not isinstance(branch, fx.Node):
             results.append(bounds)
         else:
-            chain = _chain(branch, limit[0]) if limit is not None else None
+            chain = _chain(branch, compared)
             if limit is None or chain is None:
                 return None
-            found = _evaluate(ranges, chain, *limit)
+            found = _evaluate(ranges, chain, compared, limit[1])
             results += [found[branch]] if limit[1] is not None else []
             readers = {where}
             for node in reversed(chain):
@@ -89,10 +91,23 @@ def constraint(ranges: Ranges, condition: Any, holds: bool) -> tuple[fx.Node, In
     return value, (low, high) if low <= high else None
 
 
-def _chain(branch: fx.Node, value: fx.Node) -> list[fx.Node] | None:
-    """The element-wise values from ``value`` to ``branch``, in order; None when there is no such way."""
+def before_casts(value: fx.Node, bounds_of: Callable[[fx.Node], Interval | None]) -> Iterator[fx.Node]:
+    """``value``, and what it was before each cast that changes no number of it."""
+    yield value
+    while value.target is aten._to_copy.default:
+        source, dtype = value.args[0], meta.dtype_of(value)
+        bounds = bounds_of(source) if isinstance(source, fx.Node) else None
+        if bounds is None or dtype is None or not dtype_rules.is_integral(dtype) or not fits(bounds, dtype_rules.integer_bounds(dtype)):
+            break
+        assert isinstance(source, fx.Node)
+        value = source
+        yield value
+
+
+def _chain(branch: fx.Node, values: Iterable[fx.Node]) -> list[fx.Node] | None:
+    """The element-wise values from one of ``values`` to ``branch``, in order; None when there is no such way."""
     order: list[fx.Node] = []
-    seen: dict[fx.Node, bool] = {value: True}
+    seen = dict.fromkeys(values, True)
 
     def depends(node: fx.Node) -> bool:
         if node not in seen:
@@ -108,14 +123,14 @@ def _chain(branch: fx.Node, value: fx.Node) -> list[fx.Node] | None:
 
 
 def _evaluate(
-    ranges: Ranges, chain: list[fx.Node], value: fx.Node, bounds: Interval | None
+    ranges: Ranges, chain: list[fx.Node], values: list[fx.Node], bounds: Interval | None
 ) -> dict[fx.Node, Interval]:
-    """Bounds of the integers in ``chain`` when ``value`` is in ``bounds``; where that never happens anything goes."""
+    """Bounds of the integers in ``chain`` when ``values`` are in ``bounds``; where that never happens anything goes."""
     integers = [n for n in chain if dtype_rules.is_integral(meta.dtype_of(n))]
     if bounds is None:
         return dict.fromkeys(integers, (0, 0))
     found: dict[fx.Node, Interval] = {}
-    with ranges.supposing({value: bounds}) as supposed:
+    with ranges.supposing(dict.fromkeys(values, bounds)) as supposed:
         for node in integers:
             dtype = meta.dtype_of(node)
             assert dtype is not None

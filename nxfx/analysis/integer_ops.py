@@ -79,6 +79,8 @@ CHOICES = frozenset(overloads("where"))
 # a word, scatter_add and scatter_reduce raise (torch 2.9 and 2.13).
 EXPANDED_INDEX = frozenset({aten.gather.default, aten.scatter_add.default, aten.scatter_reduce.two})
 READS_MEMORY = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
+# They ask how a view lies in memory, which a cast of it forgets; in which dtype is all the same.
+READS_LAYOUT = (aten.sym_stride.int, aten.sym_stride.default, aten.sym_storage_offset.default)
 METADATA_ASSERT = aten._assert_tensor_metadata.default
 
 _add(IntegerRule(), *POINTWISE, *PRESERVING_VIEWS, *SELECTIONS)
@@ -89,7 +91,7 @@ _add(
                "mean", "any", "all", "repeat_interleave", "isin", "type_as", "meshgrid", "diff", "matmul", "outer", "item",
                "_local_scalar_dense", "_assert_async", "_assert_scalar"),
     aten.max.default, aten.min.default, aten.median.default, aten.sym_size.int, aten.sym_size.default, aten.sym_numel.default,
-    aten.sym_stride.int, aten.sym_stride.default, operator.getitem,
+    operator.getitem,
 )  # fmt: skip
 # No value operand at all, or one that wraps into another dtype when reread.
 for _target in (*overloads("take", "take_along_dim"), aten.view.dtype):
@@ -170,7 +172,8 @@ def set_argument(node: fx.Node, key: int | str, value: Any) -> None:
 
 def demands_int64(node: fx.Node) -> bool:
     """Whether ``node`` takes its integers as int64 only, as far as is known."""
-    return node.target not in RULES or isinstance(node.kwargs.get("sorter"), fx.Node)
+    known = node.target in RULES or node.target in READS_LAYOUT
+    return not known or isinstance(node.kwargs.get("sorter"), fx.Node)
 
 
 def is_forced(node: fx.Node) -> bool:

@@ -60,7 +60,8 @@ def assumptions(gm: fx.GraphModule, ranges: Ranges, context: PassContext) -> Ite
         name = context.sources[node.name].name
         if requirement.basis == "assumed" and name in context.requirements:
             tighter = requirement.bounds != INT32
-            what = f"stay within [{requirement.bounds[0]}, {requirement.bounds[1]}], where its sums fit int32" if tighter else "fit int32"
+            low, high = requirement.bounds
+            what = f"stay within [{low}, {high}], where what is computed from it fits int32" if tighter else "fit int32"
             message = f"`{name}` is taken to {what}; the boundary refuses anything else"
             yield Finding.at(node, "NX303", Severity.INFO, message, f'declare ranges={{"{name}": (low, high)}}, what it can really hold')
     for symbol in sorted(ranges.dims, key=str):
