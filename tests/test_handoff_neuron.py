@@ -250,13 +250,19 @@ def test_buckets_of_other_keywords_share_the_arguments() -> None:
         (lambda: nxfx.trace(Counting(), (torch.ones(2),), target="trn1"), nxfx.PrepareError, r"(?s)'calls'.*self\.calls \+= 1"),
         (lambda: nxfx.trace(Embed(), (torch.ones(2, 4, dtype=torch.int64),), target="trn1", input_output_aliases={torch.ones(3): 0}),
          nxfx.UsageError, "neither a parameter or buffer of the model nor state"),
+        (lambda: nxfx.trace(Branches(), (torch.ones(2), torch.tensor(1)), target="trn1"), nxfx.PrepareError, r"(?s)would freeze.*return torch\.cond"),
         (lambda: nxfx.trace(Embed(), ["ids"], target="trn1"), nxfx.UsageError, "a tuple, or a list of tuples"),
     ],
-    ids=["state-in-buckets", "same-bucket-twice", "dynamic", "python-state", "alias-of-nothing", "no-tuple"],
+    ids=["state-in-buckets", "same-bucket-twice", "dynamic", "python-state", "alias-of-nothing", "cond", "no-tuple"],
 )  # fmt: skip
 def test_refused_with_what_to_write_instead(call: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor, flag: torch.Tensor) -> torch.Tensor:
+        return torch.cond(flag > 0, lambda a: a + 1, lambda a: a * 2, (x,))
 
 
 class Counting(nn.Module):

@@ -16,7 +16,15 @@ from nxfx.environment import legacy_torch_neuronx
 from nxfx.errors import CompilerError, PrepareError, UsageError
 from nxfx.handoff.flags import merge_flags
 from nxfx.handoff.script import scripted
-from nxfx.handoff.state import Arguments, StateArguments, merged_aliases, refuse_dynamic_shapes, refuse_python_state, settle_state
+from nxfx.handoff.state import (
+    Arguments,
+    StateArguments,
+    merged_aliases,
+    refuse_control_flow,
+    refuse_dynamic_shapes,
+    refuse_python_state,
+    settle_state,
+)
 from nxfx.handoff.tracing import traceable
 from nxfx.latency import WarmUp, warmup
 from nxfx.prepared import CapturedCall
@@ -54,7 +62,8 @@ def trace(
     Raises:
         NeuronNotFound: no ``torch_neuronx`` with ``trace``; tells what to install and what can be done without.
         CompilerError: the compile failed; names the user's lines where they are known.
-        PrepareError: the model cannot be compiled as asked: Python state, dynamic shapes, state in several buckets.
+        PrepareError: the model cannot be compiled as asked: Python state, dynamic shapes, ``torch.cond`` (tracing would freeze one
+            branch), state in several buckets.
         UsageError: an alias that fits nothing, two buckets of the same shapes.
     """
     target = get_target(target)
@@ -126,12 +135,13 @@ def prepared_call(model: torch.nn.Module, arguments: Arguments, target: Target, 
     """One capture, fit for a compiler that keeps nothing of Python.
 
     Raises:
-        PrepareError: Python state, dynamic shapes, or no inputs.
+        PrepareError: Python state, dynamic shapes, control flow on values, or no inputs.
     """
     prepared = prepare(model, *arguments, target=target, **options)
     ((_, call),) = prepared.captures.items()
     refuse_python_state(call)
     refuse_dynamic_shapes(call)
+    refuse_control_flow(call)
     if not call.example_inputs:
         raise PrepareError("the graph has no inputs: there is nothing to trace", call.report)
     settle_state(call, () if options.get("final_weights", True) else model.state_dict().keys())

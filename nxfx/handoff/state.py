@@ -11,11 +11,12 @@ import torch
 from nxfx.capture.shell import bind
 from nxfx.capture.structure import flatten
 from nxfx.errors import PrepareError, UsageError
-from nxfx.graph import meta
+from nxfx.graph import meta, walk
 from nxfx.graph.attributes import own_buffer
 from nxfx.graph.builder import NodeBuilder
 from nxfx.prepared import CapturedCall
 from nxfx.report import Finding, Severity
+from nxfx.report.locations import locate
 
 Aliases = dict[torch.Tensor, int]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -49,6 +50,26 @@ def refuse_dynamic_shapes(call: CapturedCall) -> None:
                 raise PrepareError(
                     f"input {rule.name!r} has a dynamic dimension {dim}: Neuron compiles fixed shapes. "
                     "Leave dynamic_shapes out and give a list of example inputs, one for each bucket.",
+                    call.report,
+                )
+
+
+_CONTROL_FLOW = frozenset({"cond", "while_loop", "while_loop_stack_output"})
+
+
+def refuse_control_flow(call: CapturedCall) -> None:
+    """A tracing compiler *runs* the graph: ``torch.cond`` would ask for the predicate's value and keep one branch for ever.
+
+    Raises:
+        PrepareError: names the user's line.
+    """
+    for scope in walk.scopes(call.graph_module):
+        for node in scope.graph_module.graph.nodes:
+            if walk.is_higher_order(node) and node.target.name() in _CONTROL_FLOW:
+                location = locate(node)
+                raise PrepareError(
+                    f"{node.target.name()} depends on a tensor's value, which a tracing compiler would freeze\n"
+                    f"  {location}: {location.source}\n  Write instead: torch.where on the results of both sides, or use TorchNeuron",
                     call.report,
                 )
 
