@@ -243,10 +243,11 @@ class BuilderModule(torch.nn.Module):
             there = "; ".join(map(_told, self.examples))
             raise UsageError(f"prepared for {there}; this call has {_told(present)}: pass .examples, or prepare for these shapes too")
         call, graph = self._buckets.calls[number], self._graphs[number]
-        outputs = graph(*(present[name] for name in self._buckets.names[number]))
-        # In place, which is how the second generation finds what to alias.
-        for name, position in call.mutated_buffers.items():
-            _buffer(graph, name).copy_(outputs[position])
+        with torch.no_grad():
+            outputs = graph(*(present[name] for name in self._buckets.names[number]))
+            # In place, which is how the second generation finds what to alias.
+            for name, position in call.mutated_buffers.items():
+                _buffer(graph, name).copy_(outputs[position])
         kept = [v for i, v in enumerate(outputs) if i not in set(call.mutated_buffers.values())]
         return kept[0] if len(kept) == 1 else tuple(kept)
 
