@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nxfx.errors import CaptureError, NxfxError, PassError, PrepareError, RangeError, UsageError
+from nxfx.errors import CaptureError, CompilerError, NeuronNotFound, NxfxError, PassError, PrepareError, RangeError, UsageError
 
 if TYPE_CHECKING:
     from nxfx.api import check, prepare
     from nxfx.capture.dynamo import reports
     from nxfx.compiled import compile
+    from nxfx.handoff.neuron import TracedModule, trace
+    from nxfx.latency import WarmUp, warmup
     from nxfx.pipeline import Pass, PassContext, PassResult, Pipeline
     from nxfx.prepared import PreparedModule
     from nxfx.report import Finding, Location, Report, Rewrite
@@ -18,15 +20,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "CaptureError", "Finding", "Location", "NxfxError", "Pass", "PassContext", "PassError", "PassResult", "Pipeline", "PrepareError",
-    "PreparedModule", "RangeError", "Report", "Rewrite", "UsageError", "check", "compile", "load", "prepare", "reports",
+    "CaptureError", "CompilerError", "Finding", "Location", "NeuronNotFound", "NxfxError", "Pass", "PassContext", "PassError",
+    "PassResult", "Pipeline", "PrepareError", "PreparedModule", "RangeError", "Report", "Rewrite", "TracedModule", "UsageError",
+    "WarmUp", "check", "compile", "load", "prepare", "reports", "trace", "warmup",
 ]  # fmt: skip
 
 _WHERE = {
     "check": "nxfx.api", "prepare": "nxfx.api", "compile": "nxfx.compiled", "load": "nxfx.storage", "PreparedModule": "nxfx.prepared",
     "Pass": "nxfx.pipeline", "PassContext": "nxfx.pipeline", "PassResult": "nxfx.pipeline", "Pipeline": "nxfx.pipeline",
     "Finding": "nxfx.report", "Location": "nxfx.report", "Report": "nxfx.report", "Rewrite": "nxfx.report",
-    "reports": "nxfx.capture.dynamo",
+    "reports": "nxfx.capture.dynamo", "trace": "nxfx.handoff.neuron", "TracedModule": "nxfx.handoff.neuron",
+    "warmup": "nxfx.latency", "WarmUp": "nxfx.latency",
 }  # fmt: skip
 
 

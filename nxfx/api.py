@@ -43,6 +43,7 @@ def prepare(
     restore_outputs: bool = True,
     state_inputs: Sequence[str] = (),
     share_state: bool = True,
+    final_weights: bool = True,
     verify_each: bool = False,
     observer: Observer | None = None,
 ) -> PreparedModule:
@@ -66,6 +67,8 @@ def prepare(
             goes on on the device.
         state_inputs: inputs (KV caches) that become buffers of the graph, so that a compiler can update them in place.
         share_state: False works on a deep copy of the model.
+        final_weights: False where what is in the ``state_dict`` gets its values after the compile (a checkpoint loaded by name): no
+            proof rests on them then.
         verify_each: check the graph's invariants after every pass (slow).
         observer: called as ``observer(pass_, graph_module, run)`` after each pass.
 
@@ -88,6 +91,8 @@ def prepare(
             return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, ranges=ranges, training=training, state_inputs=state_inputs)
 
         found = take()
+        if not final_weights:
+            found.forget_values(model.state_dict().keys())
         with without_autocast():
             boundary, report = _clean(found, take, pipeline, target, training, verify_each, observer)
         if not restore_outputs:

@@ -132,6 +132,10 @@ class Boundary:
         """All inputs checked, then all narrowed: when one is refused nothing has run."""
         for rule, value in zip(self.inputs, values, strict=True):
             rule.enforce(value, check)
+        return self.narrow(values)
+
+    def narrow(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """All inputs as the graph takes them, unchecked."""
         return [narrowed(value, rule.narrow) for rule, value in zip(self.inputs, values, strict=True)]
 
     def leave_narrow(self, count: int) -> None:
@@ -139,8 +143,8 @@ class Boundary:
         self.outputs[:count] = [None] * count
 
     def restore(self, values: Iterable[Any]) -> list[Any]:
-        """The outputs in the model's own dtypes."""
-        return [v if dtype is None else v.to(dtype) for v, dtype in zip(values, self.outputs, strict=True)]
+        """The outputs in the model's own dtypes; None stands for one that stays on the device."""
+        return [v if v is None or dtype is None else v.to(dtype) for v, dtype in zip(values, self.outputs, strict=True)]
 
 
 class ShapeGuard:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from nxfx.graph import meta, walk
+from nxfx.graph.builder import NodeBuilder
 
 
 def devices_of(graph_module: fx.GraphModule) -> set[torch.device]:
@@ -52,3 +53,43 @@ def retarget(graph_module: fx.GraphModule, device: torch.device) -> bool:
             scope.graph_module.recompile()
             changed = True
     return changed
+
+
+def follow_inputs(graph_module: fx.GraphModule) -> None:
+    """Rewrite ``graph_module`` in place: it makes its tensors where its inputs are when it runs.
+
+    For compilers that move a module and its inputs to a device of their own and run it there to trace it.
+    """
+    for body in graph_module.children():
+        if isinstance(body, fx.GraphModule):  # of a higher-order op
+            follow_inputs(body)
+    graph = graph_module.graph
+    device = _device_node(graph)
+
+    def swap(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default  # kernels of another device may leave other strides
+        if any(isinstance(v, torch.device) for v in (*node.args, *node.kwargs.values())):
+            node.args, node.kwargs = fx.node.map_aggregate(node.args, swap), fx.node.map_aggregate(dict(node.kwargs), swap)
+    if device is not None and not device.users:
+        graph.erase_node(device)
+    graph_module.recompile()
+
+
+def _device_node(graph: fx.Graph) -> fx.Node | None:
+    """The device of the first input, else of the first weight."""
+    sources = [*graph.find_nodes(op="placeholder"), *graph.find_nodes(op="get_attr")]
+    tensors = [n for n in sources if isinstance(n.meta.get("val"), torch.Tensor)]
+    if not tensors:
+        return None
+    build = NodeBuilder(graph, "handoff")
+    with build.after(tensors[0]):
+        return build.known(meta.val(tensors[0]).device, device_of, tensors[0])
+
+
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """Where ``tensor`` is, asked when the graph runs."""
+    return tensor.device

@@ -55,6 +55,10 @@ class PassError(NxfxError):
         self.reproducer = reproducer
 
 
+class CompilerError(NxfxError):
+    """The compiler that was handed the graph failed; its own error is the cause, the message names the user's lines."""
+
+
 class RangeError(NxfxError, ValueError):
     """A 64-bit value at the boundary does not fit the range the graph was narrowed for. Nothing has run.
 
@@ -93,3 +97,7 @@ class LoweringError(NxfxError):
 
 class MissingDependencyError(NxfxError, ImportError):
     """A hand-off needs a package that is not installed, or not one that fits; the message tells how to install it."""
+
+
+class NeuronNotFound(MissingDependencyError):
+    """The Neuron package that a hand-off goes to is not installed here, or is the other one of the same name."""

@@ -86,7 +86,7 @@ class CapturedCall:
         self._twins: dict[str, tuple[int, int]] = {}
         self._premise_stamps: dict[str, tuple[int, int]] = {}
         for name, dtype in boundary.narrowed_buffers.items():
-            own_buffer(self.graph_module, name, narrowed(self._model_buffer(name), narrow(dtype)))
+            own_buffer(self.graph_module, name, narrowed(self.model_buffer(name), narrow(dtype)))
         owners = {name.rpartition(".")[0] for name in (*boundary.narrowed_buffers, *self.plain)}
         modules = dict(model.named_modules())
         self._owners = [path for path in owners if path in modules]
@@ -100,7 +100,8 @@ class CapturedCall:
 
     # -- the model's tensors ------------------------------------------------------------------------------------------------
 
-    def _model_buffer(self, name: str) -> torch.Tensor:
+    def model_buffer(self, name: str) -> torch.Tensor:
+        """The model's own tensor called ``name``: a buffer, a plain attribute, a constant that capture lifted."""
         if name in self.plain:
             tensor: torch.Tensor = self.plain[name].tensor
             return tensor
@@ -115,11 +116,11 @@ class CapturedCall:
         """Bring the graph's own copies up to date with the model's: plain tensors by identity, 32-bit twins by version."""
         self._share_replaced()
         for name in self.plain:
-            tensor = self._model_buffer(name)
+            tensor = self.model_buffer(name)
             if name not in self.boundary.narrowed_buffers and self.graph_module.get_buffer(name) is not tensor:
                 own_buffer(self.graph_module, name, tensor)
         for name in self.boundary.narrowed_buffers:
-            wide = self._model_buffer(name)
+            wide = self.model_buffer(name)
             stamp = stamp_of(wide)
             if self._twins.get(name) == stamp:
                 continue
@@ -136,7 +137,7 @@ class CapturedCall:
             else:
                 own_buffer(self.graph_module, name, fresh)
             self._twins[name] = stamp
-        check_premises(self.report.premises, self._model_buffer, self._premise_stamps)
+        check_premises(self.report.premises, self.model_buffer, self._premise_stamps)
 
     def _share_replaced(self) -> None:
         """Modules of the graph that hold a buffer of their own have a copy of the registry: buffers replaced in the model follow."""
@@ -165,28 +166,38 @@ class CapturedCall:
         return same and all(holder.now().get(key) is value for holder, key in slot.aliases)
 
     def __call__(self, flat: Flat, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-        passed = [flat.leaves[i] for i in self._passed]
-        self.shapes.enforce(passed, [rule.name for rule in self.boundary.inputs])
-        admitted = self.boundary.admit(passed, self.check)
-        self._refuse_overlaps(flat.leaves)
+        admitted = self.admit(flat)
         self._sync()
         self._load_state(flat.leaves)
         run = self.graph_module if self.compiled is None else self.compiled
         # Autocast is in the graph; around it, it would cast once more what the model keeps out of it.
         with without_autocast(), contextlib.nullcontext() if self.training else torch.no_grad():
-            results = run(*self.layouts.arrange(admitted))
-        return self._conclude(self.boundary.restore(results), flat.leaves, arguments)
+            results = run(*admitted)
+        outputs = self.boundary.restore(results)
+        self._write_buffers(outputs, flat.leaves)
+        leaves = self.conclude(outputs, flat.leaves, arguments)
+        for output, name in self.convention.returned_state.items():
+            leaves[output] = self.model_buffer(name)
+        return self.rebuilt(leaves, arguments)
+
+    def admit(self, flat: Flat) -> list[torch.Tensor]:
+        """What the graph takes for these arguments: checked, narrowed, laid out as it expects. Nothing has run when it raises."""
+        passed = [flat.leaves[i] for i in self._passed]
+        self.shapes.enforce(passed, [rule.name for rule in self.boundary.inputs])
+        admitted = self.boundary.admit(passed, self.check)
+        self._refuse_overlaps(flat.leaves)
+        return self.layouts.arrange(admitted)
 
     def _refuse_overlaps(self, leaves: list[Any]) -> None:
         """A write through one of two tensors that share memory shows in the other; the functional graph has no such thing."""
         names = self.convention.input_names
         state = [n for n, buffer in self.state_inputs.items() if buffer in self.mutated_buffers]
         inputs = {n: leaves[names.index(n)] for n in (*self.mutated_inputs, *state)}
-        buffers = [(n, self._model_buffer(n)) for n in self.mutated_buffers if n not in self.state_inputs.values()]
+        buffers = [(n, self.model_buffer(n)) for n in self.mutated_buffers if n not in self.state_inputs.values()]
         if not inputs and not (buffers and leaves):
             return
         given = [(n, t) for n, t in zip(names, leaves, strict=True) if isinstance(t, torch.Tensor) and not t.is_meta and t.numel()]
-        owned = [*self.model.named_parameters(), *self.model.named_buffers(), *((n, self._model_buffer(n)) for n in self.plain)]
+        owned = [*self.model.named_parameters(), *self.model.named_buffers(), *((n, self.model_buffer(n)) for n in self.plain)]
         by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
         for name, tensor in given:
             by_storage.setdefault(tensor.untyped_storage()._cdata, []).append((name, tensor))
@@ -205,17 +216,23 @@ class CapturedCall:
             for name, buffer in self.state_inputs.items():
                 self.graph_module.get_buffer(buffer).copy_(leaves[names.index(name)])
 
-    def _conclude(self, outputs: list[Any], inputs: list[torch.Tensor], arguments: Any) -> Any:
-        convention = self.convention
+    def _write_buffers(self, outputs: list[Any], inputs: list[torch.Tensor]) -> None:
+        """What the graph made of the model's buffers, and of inputs that became buffers."""
+        names = self.convention.input_names
         with torch.no_grad():
             for name, position in self.mutated_buffers.items():
                 self._write_buffer(name, outputs[position])
-            names = convention.input_names
-            for name, position in self.mutated_inputs.items():
-                inputs[names.index(name)].copy_(outputs[position])
             for name, buffer in self.state_inputs.items():
                 if buffer in self.mutated_buffers:
                     inputs[names.index(name)].copy_(outputs[self.mutated_buffers[buffer]])
+
+    def conclude(self, outputs: list[Any], inputs: list[torch.Tensor], arguments: Any) -> list[Any]:
+        """Do to the arguments and to Python state what the call does; the leaves of its result."""
+        convention = self.convention
+        names = convention.input_names
+        with torch.no_grad():
+            for name, position in self.mutated_inputs.items():
+                inputs[names.index(name)].copy_(outputs[position])
         if convention.arguments_after is not None:
             after = convention.arguments_after
             update(arguments, after.spec, self._resolve(after, outputs, inputs), lambda path: at(arguments, path))
@@ -231,36 +248,48 @@ class CapturedCall:
         leaves = list(outputs[: convention.output_count])
         for output, source in convention.passed_through.items():
             leaves[output] = inputs[source]
-        for output, name in convention.returned_state.items():
-            leaves[output] = self._model_buffer(name)
-        return unflatten(convention.output_spec, leaves, lambda path: at(arguments, path))
+        return leaves
+
+    def rebuilt(self, leaves: list[Any], arguments: Any) -> Any:
+        """The model's result, made of its leaves."""
+        return unflatten(self.convention.output_spec, leaves, lambda path: at(arguments, path))
 
     def _write_buffer(self, name: str, value: torch.Tensor) -> None:
-        self._model_buffer(name).copy_(value)
+        self.model_buffer(name).copy_(value)
         if name in self.boundary.narrowed_buffers:
-            wide = self._model_buffer(name)
+            wide = self.model_buffer(name)
             self.graph_module.get_buffer(name).copy_(value)
             self._twins[name] = stamp_of(wide)
 
     def _resolve(self, assigned: Assigned, outputs: list[Any], inputs: list[torch.Tensor]) -> list[Any]:
-        found: dict[str, Callable[[Any], Any]] = {"input": inputs.__getitem__, "output": outputs.__getitem__, "state": self._model_buffer}
+        found: dict[str, Callable[[Any], Any]] = {"input": inputs.__getitem__, "output": outputs.__getitem__, "state": self.model_buffer}
         return [found[kind](key) for kind, key in assigned.leaves]
 
     # -- for compilers ------------------------------------------------------------------------------------------------------
 
     @property
     def input_output_aliases(self) -> dict[torch.Tensor, int]:
+        return {tensor: self.mutated_buffers[name] for name, tensor in self.state_tensors.items()}
+
+    @property
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Name → the graph's tensor of each buffer that the graph writes."""
         held = {**dict(self.graph_module.named_buffers()), **dict(self.graph_module.named_parameters())}
-        return {held.get(n, self._model_buffer(n)): i for n, i in self.mutated_buffers.items()}
+        return {name: held.get(name, self.model_buffer(name)) for name in self.mutated_buffers}
 
     def move(self, device: torch.device, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Follow the model to ``device``: the graph's own tensors and every device it names."""
-        for name in dict.fromkeys((*self.boundary.narrowed_buffers, *self._owned())):
-            own_buffer(self.graph_module, name, fn(self.graph_module.get_buffer(name)))
+        self.move_own(fn)
         self._twins.clear()
         self.standing = self._stand()
         devices.retarget(self.graph_module, device)
         self.example_inputs = tuple(fn(t) for t in self.example_inputs)
+
+    def move_own(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply ``fn`` to the tensors that only the graph holds, after the model's own were moved."""
+        self._share_replaced()
+        for name in dict.fromkeys((*self.boundary.narrowed_buffers, *self._owned(), *self.plain)):
+            own_buffer(self.graph_module, name, fn(self.graph_module.get_buffer(name)))
 
     def _owned(self) -> list[str]:
         """Names of the tensors that only the graph holds: lifted constants and state inputs."""
@@ -444,6 +473,16 @@ class PreparedModule(torch.nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise PrepareError("a prepared module cannot be pickled: use .save(path) and nxfx.load(path)")
+
+    def warmup(self, iterations: int = 3) -> Any:
+        """Send each capture's example until latencies settle (:func:`nxfx.warmup`); the model's state is put back afterwards.
+
+        Raises:
+            PrepareError: nothing is captured yet.
+        """
+        from nxfx.latency import warmup_captures
+
+        return warmup_captures(self, iterations)
 
     def save(self, path: str | FilePath) -> None:
         """Write graph, weights, boundary and report to one file; :func:`nxfx.load` reads it back."""

@@ -155,3 +155,21 @@ def test_computed_pages_are_up_to_date() -> None:
     command = [sys.executable, "docs/generate.py", "--check"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, f"run `python docs/generate.py`\n{run.stdout}{run.stderr}"
+
+
+@pytest.mark.parametrize(
+    ("page", "double"),
+    [("torch-neuronx-trace.md", "torch_neuronx"), ("model-builder.md", "neuronx_distributed")],
+)
+def test_blocks_that_need_neuron_run_on_the_contract_doubles(page: str, double: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but those that show what happens without it; the doubles execute the graph on this machine."""
+    import doubles
+
+    path = ROOT / "docs" / "guide" / page
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    namespace: dict[str, Any] = {"__name__": "page"}
+    with doubles.installed(double):
+        for block in blocks(path, "python"):
+            exec(compile("\n" * (block.line - 1) + block.text, str(path), "exec"), namespace)
+    assert namespace["traced" if double == "torch_neuronx" else "serve"].reports

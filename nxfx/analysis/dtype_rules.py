@@ -50,6 +50,11 @@ def narrow(dtype: torch.dtype) -> torch.dtype:
     return rule.narrow if rule else dtype
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that ``dtype`` stands for: the inverse of :func:`narrow`."""
+    return next(d for d, rule in TABLE.items() if rule.narrow is dtype and d is not dtype)
+
+
 def is_wide(dtype: torch.dtype | None) -> bool:
     """int64, float64 or complex128."""
     return dtype is not None and narrow(dtype) != dtype

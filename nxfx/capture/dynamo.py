@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -31,17 +32,19 @@ from nxfx.analysis.provenance import Role, Source
 from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, InputRule, hoist
 from nxfx.capture.dynamo_frame import graph_breaks, user_names
-from nxfx.errors import NxfxError, PassError, PrepareError, RangeError, UsageError
+from nxfx.environment import native_backend, native_registered
+from nxfx.errors import CompilerError, NxfxError, PassError, PrepareError, RangeError, UsageError
 from nxfx.graph import meta
 from nxfx.graph.builder import NodeBuilder, refresh
 from nxfx.pipeline import PassContext, Pipeline
 from nxfx.report import Finding, Report, Severity
+from nxfx.report.failures import explain
 from nxfx.targets import Target, get_target
 
 aten = torch.ops.aten
 
 Compiled = Callable[..., Any]
-Inner = Callable[[fx.GraphModule, list[Any]], Compiled]
+Inner = Callable[..., Compiled]  # (graph_module, example_inputs), and options where there are any
 
 _AS_STRIDED = (aten.as_strided.default, aten.as_strided_copy.default, aten.as_strided_scatter.default)
 _KEPT_REPORTS = 256
@@ -97,6 +100,7 @@ class BackendOptions:
         inner: the compiler of the cleaned graph: the name of a Dynamo backend or
             ``compiler(graph_module, example_inputs)``. Default: ``"neuron"`` where it is registered; else, and with
             ``"eager"``, the cleaned graph runs as it is.
+        inner_options: handed to the inner compiler as its ``options``.
         target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``.
         pipeline: a :class:`~nxfx.pipeline.Pipeline` or its text.
         ranges: input name → inclusive ``(low, high)`` that an integer input can hold; enforced on each call.
@@ -106,6 +110,7 @@ class BackendOptions:
     """
 
     inner: str | Inner | None = None
+    inner_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     target: str | Target = "trn2"
     pipeline: str | Pipeline | None = None
     ranges: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
@@ -141,17 +146,29 @@ class BackendOptions:
         return found
 
 
-def inner_compiler(inner: str | Inner | None) -> tuple[str, Inner | None]:
-    """``inner``'s name and the compiler itself; ``("", None)`` when the graph is to run as it is.
+def inner_compiler(inner: str | Inner | None, target: Target, options: Mapping[str, Any] | None = None) -> tuple[str, Inner | None]:
+    """``inner``'s name and the compiler itself, with ``options`` for it; ``("", None)`` when the graph is to run as it is.
 
     Raises:
-        UsageError: no such backend.
+        UsageError: no such backend, or options for none.
+        NeuronNotFound: ``"neuron"`` is not registered; tells what to install for ``target``.
     """
+    name, compiler = _inner_compiler(inner, target)
+    if not options:
+        return name, compiler
+    if compiler is None:
+        raise UsageError("inner_options are for an inner compiler, and the cleaned graph runs as it is: name one with inner=")
+    return name, functools.partial(compiler, options=dict(options))
+
+
+def _inner_compiler(inner: str | Inner | None, target: Target) -> tuple[str, Inner | None]:
     if callable(inner) and inner is not nxfx_backend:
         return getattr(inner, "__name__", type(inner).__name__), inner
-    registered = torch._dynamo.list_backends(None)
     if inner is None:
-        inner = "neuron" if "neuron" in registered else ""
+        inner = "neuron" if native_registered() else ""
+    elif inner == "neuron":
+        native_backend(target.name)
+    registered = torch._dynamo.list_backends(None)
     if inner in ("", "eager"):
         return "", None
     if inner in ("nxfx", nxfx_backend):
@@ -173,7 +190,7 @@ class _Job:
     def __init__(self, options: BackendOptions, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self.gm, self.example_inputs, self.options = gm, example_inputs, options
         self.target = get_target(options.target)
-        self.inner_name, self.inner = inner_compiler(options.inner)
+        self.inner_name, self.inner = inner_compiler(options.inner, self.target, options.inner_options)
         self.pipeline = _pipeline(options.pipeline, self.target)
         # Containers (compiled autograd) are flattened on the way: positions then say nothing, every input is opaque.
         flat = all(isinstance(x, (torch.Tensor, int, float, torch.SymInt, torch.SymFloat)) for x in example_inputs)
@@ -326,6 +343,8 @@ class _Job:
     def _compile_inner(self, gm: fx.GraphModule, example_inputs: list[Any], stage: str) -> Compiled:
         if self.inner is None:
             return _as_it_is(gm)
+        if self.inner_name == "neuron":
+            self._refuse_dynamic(gm)
         gm.meta.pop("dynamo_flat_name_to_original_fqn", None)  # it speaks of the outer graph's placeholders
         mode = detect_fake_mode(example_inputs)
         try:
@@ -335,16 +354,26 @@ class _Job:
         except NxfxError:
             raise
         except Exception as error:
-            told = (
-                f"the inner compiler {self.inner_name!r} failed on the {stage} graph: {type(error).__name__}: {error}"
-            )
+            told = f"the inner compiler {self.inner_name!r} failed on the {stage} graph: {type(error).__name__}: {error}"
+            told += explain(error, gm, self.report.findings)
             if stage != "inference":
                 told += f"\n{self.inner_name!r} may serve inference only: call the model under torch.no_grad()"
             raise CompilerError(told) from error
 
+    def _refuse_dynamic(self, gm: fx.GraphModule) -> None:
+        """TorchNeuron refuses dynamic shapes; after a second shape Dynamo makes them by itself.
 
-class CompilerError(NxfxError):
-    """The inner compiler raised; the cause is chained."""
+        Raises:
+            UsageError: names the input.
+        """
+        for node in gm.graph.find_nodes(op="placeholder"):
+            value = meta.val(node)
+            sizes = [n for n in value.shape if not isinstance(n, int)] if isinstance(value, torch.Tensor) else [value]
+            if sizes and not isinstance(sizes[0], (int, float)):
+                raise UsageError(
+                    f"input {self._source(node).name!r} has a dynamic size, and 'neuron' compiles fixed shapes: "
+                    "torch.compile(..., dynamic=False), which compiles once more for each shape"
+                )
 
 
 def _told() -> set[tuple[str, int]]:

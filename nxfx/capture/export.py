@@ -9,8 +9,8 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -66,6 +66,13 @@ class Capture:
     captured_by: str = "non-strict"
     plain_tensors: dict[str, Any] = field(default_factory=dict)
     state_inputs: dict[str, str] = field(default_factory=dict)
+
+    def forget_values(self, names: Iterable[str]) -> None:
+        """The parameters and buffers called ``names`` will hold other values: nothing may be proved from the present ones."""
+        unknown = set(names)
+        for node, source in self.sources.items():
+            if source.name in unknown and source.role in (Role.PARAMETER, Role.BUFFER):
+                self.sources[node] = replace(source, value=None)
 
 
 def input_names(flat: Flat, positional: list[str]) -> list[str]:

@@ -8,9 +8,7 @@ not there.
 from __future__ import annotations
 
 import glob
-import importlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
 from dataclasses import asdict, dataclass, field
@@ -20,8 +18,8 @@ import torch
 
 import nxfx
 from nxfx.cli import console
+from nxfx.environment import INSTALL, imported, present
 
-NEURON_INDEX = "--extra-index-url https://pip.repos.neuron.amazonaws.com"
 OLDEST_TORCH = (2, 9)
 
 # Distribution name → module: shown in this order.
@@ -116,30 +114,18 @@ def _torch_version() -> tuple[int, ...]:
     return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
-def _present(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError, AttributeError):
-        return False
-
-
 def _import(module: str, found: Diagnosis) -> Any:
-    if not _present(module):
-        return None
-    try:
-        return importlib.import_module(module)
-    except (Exception, SystemExit) as error:  # a package for another torch or another machine may raise anything
-        found.problems.append(
-            f"{module} is installed but does not import: {type(error).__name__}: {console.one_line(str(error))}"
-        )
-        return None
+    package, problem = imported(module)
+    if package is None and present(module):
+        found.problems.append(console.one_line(problem))
+    return package
 
 
 def _package(distribution: str, module: str) -> Package:
     try:
         return Package(distribution, importlib.metadata.version(distribution))
     except importlib.metadata.PackageNotFoundError:
-        return Package(distribution, "unknown version" if _present(module) else None)
+        return Package(distribution, "unknown version" if present(module) else None)
 
 
 def _name_torch_neuronx(found: Diagnosis, *, installed: bool, legacy: bool, native: bool) -> None:
@@ -168,7 +154,7 @@ def _native(available: bool) -> HandOff:
         "TorchNeuron, native (Trn2, Trn3)",
         available,
         'torch.compile(model, backend="nxfx") on device "neuron"',
-        f"torch 2.13 or newer, Python 3.12 or newer, pip install torch-neuronx neuronx-cc {NEURON_INDEX}",
+        INSTALL["native"],
     )
 
 
@@ -176,22 +162,21 @@ def _trace(available: bool) -> HandOff:
     return HandOff(
         "torch_neuronx.trace, legacy (Inf2, Trn1)",
         available,
-        "p = nxfx.prepare(model, args); "
-        "torch_neuronx.trace(p.graph_module, p.example_inputs, compiler_args=p.compiler_args)",
-        f"torch 2.8 or 2.9, Python 3.10 to 3.12, pip install 'torch-neuronx<2.10' neuronx-cc {NEURON_INDEX}",
+        'nxfx.trace(model, args, target="trn1")',
+        INSTALL["legacy"],
     )
 
 
 def _model_builder(found: Diagnosis) -> HandOff:
     package = _import("neuronx_distributed", found)
     available = hasattr(package, "ModelBuilder") or (
-        package is not None and _present("neuronx_distributed.trace.model_builder")
+        package is not None and present("neuronx_distributed.trace.model_builder")
     )
     return HandOff(
         "NxD ModelBuilder (neuronx-distributed)",
         available,
-        "p = nxfx.prepare(model, args); ModelBuilder(p.graph_module).trace(args=p.example_inputs)",
-        f"the legacy torch-neuronx, and pip install neuronx-distributed {NEURON_INDEX}",
+        "nxfx.handoff.modelbuilder: builder_module(model, args, target=...) for ModelBuilder, model_instance(...) for its first generation",
+        INSTALL["nxd"],
     )
 
 
@@ -205,10 +190,10 @@ def _xla(available: bool) -> HandOff:
 
 
 def _stablehlo() -> HandOff:
-    missing = [name for name in ("torch_mlir", "ml_dtypes") if not _present(name)]
+    missing = [name for name in ("torch_mlir", "ml_dtypes") if not present(name)]
     return HandOff(
         "torch-mlir (StableHLO, what TorchNeuron lowers to; no Neuron hardware)",
-        not missing and _present("torch_mlir.fx"),
+        not missing and present("torch_mlir.fx"),
         'nxfx lower SPEC --to stablehlo; nxfx.handoff.stablehlo.lower(nxfx.prepare(model, args))',
         f"pip install 'nxfx[stablehlo]'{' (missing: ' + ', '.join(missing) + ')' if missing else ''}",
     )

@@ -13,7 +13,7 @@ from torch import fx
 from nxfx.analysis.provenance import Role, Source
 from nxfx.errors import PrepareError, UsageError
 from nxfx.graph import meta
-from nxfx.prepared import PreparedModule
+from nxfx.prepared import CapturedCall, PreparedModule
 from nxfx.report.locations import Location
 
 # What a reader of a lowered program looks for first: what Neuron refuses, slows down on, or gets wrong. HLO spellings.
@@ -113,11 +113,11 @@ def graph_of(model: PreparedModule | fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-def admitted(model: PreparedModule | fx.GraphModule, inputs: Sequence[str]) -> list[Source]:
+def admitted(model: PreparedModule | CapturedCall | fx.GraphModule, inputs: Sequence[str]) -> list[Source]:
     """What the boundary lets into each of the graph's ``inputs``; of a bare graph only the dtypes are known."""
-    if not isinstance(model, PreparedModule):
+    if isinstance(model, fx.GraphModule):
         return [Source(name, Role.OPAQUE) for name in inputs]
-    (call,) = model.captures.values()
+    (call,) = (model,) if isinstance(model, CapturedCall) else model.captures.values()
     known = [(rule.low, rule.high) for rule in call.boundary.inputs]
     return [
         Source(name, Role.OPAQUE) if low is None or high is None else Source(name, Role.INPUT, range=(low, high))

@@ -51,6 +51,7 @@ CODES: dict[str, str] = {
     "NX411": "an op that torch-xla runs on the host",
     # NX5xx Neuron compiler constraints
     "NX501": "an op or dtype that the Neuron compiler refuses",
+    "NX550": "an option of yours overrides what the graph needs",
     # NX6xx masks and infinities
     "NX601": "minus infinity in an additive mask",
 }
