@@ -25,7 +25,7 @@ def compile(
         inner: the name of a ``torch.compile`` backend, or ``compiler(graph_module, example_inputs)``. Default:
             ``"neuron"`` where it is registered; else the cleaned graph runs as it is.
         target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``.
-        prepare_options: everything else that :func:`nxfx.prepare` takes.
+        prepare_options: everything else that :func:`nxfx.prepare` takes, ``sdk`` for one.
 
     Raises:
         UsageError: no such inner compiler, or anything that :func:`nxfx.prepare` refuses.
