@@ -67,6 +67,7 @@ def test_target_by_name_by_value_and_under_another_release() -> None:
     assert get_target("trn2", "2.31") == Target("trn2", "2.31") == get_target(Target("trn2"), "2.31")
     assert get_target(Target("trn1", "2.30")) == Target("trn1", "2.30")
     assert Target("trn2", "2.31.1").sdk == "2.31"
+    assert nxfx.Target is Target
     assert str(Target("trn1", "2.31")) == "trn1, SDK 2.31"
 
 
