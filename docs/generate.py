@@ -3,7 +3,8 @@
     python docs/generate.py           write them
     python docs/generate.py --check   exit 1 and show the difference when they are not up to date (a test does this)
 
-``docs/passes/`` is made from the passes' docstrings. In ``README.md`` and below ``docs/`` a fenced block that follows
+``docs/passes/`` is made from the passes' docstrings, the table of ``docs/targets.md`` from nxfx/targets/facts.py. In
+``README.md`` and below ``docs/`` a fenced block that follows
 a comment ``<!-- output: nxfx ... -->`` is filled with what that command prints, run from the root of the repository.
 """
 
@@ -28,8 +29,10 @@ sys.path.insert(0, str(ROOT))
 from nxfx.graph import printing  # noqa: E402
 from nxfx.passes import DEFAULT_ORDER  # noqa: E402
 from nxfx.pipeline import Pass  # noqa: E402
+from nxfx.targets.facts import FACTS, GENERATIONS, LATEST_SDK, SDKS  # noqa: E402
 
 _OUTPUT = re.compile(r"(<!-- output: (?P<command>nxfx [^\n]*?) -->\n```\w*\n).*?(?=^```$)", re.DOTALL | re.MULTILINE)
+_FACTS = re.compile(r"(<!-- facts -->\n).*?(?=^<!-- end of facts -->$)", re.DOTALL | re.MULTILINE)
 _MADE = "<!-- Made by docs/generate.py from the docstring of {}; edit that. -->"
 
 
@@ -56,8 +59,9 @@ def pages() -> Iterator[tuple[Path, str]]:
         yield folder / f"{cls.name}.md", pass_page(cls)
     for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md"))):
         text = _read(path)
-        if path.parent != folder and _OUTPUT.search(text):
-            yield path, _OUTPUT.sub(lambda m: m.group(1) + output_of(m["command"]), text)
+        if path.parent != folder and (_OUTPUT.search(text) or _FACTS.search(text)):
+            wanted = _FACTS.sub(lambda m: m.group(1) + facts_table(), text)
+            yield path, _OUTPUT.sub(lambda m: m.group(1) + output_of(m["command"]), wanted)
 
 
 def _read(path: Path) -> str:
@@ -80,6 +84,17 @@ def output_of(command: str) -> str:
     text = printed.getvalue().strip("\n") or errors.getvalue().strip("\n")
     text = text.replace(f"{ROOT}{os.sep}", "")
     return re.sub(r"[^\s'\"]*/site-packages/", "", text) + "\n"
+
+
+def facts_table() -> str:
+    """What each generation does under each release of the SDK."""
+    rows = [f"\nGenerations: {', '.join(GENERATIONS)}. SDK releases: {', '.join(SDKS)}; unless told otherwise {LATEST_SDK}.\n"]
+    rows += ["| fact | generations | from SDK | value | source |", "|---|---|---|---|---|"]
+    for row in FACTS:
+        targets = ", ".join(t for t in GENERATIONS if t in row.targets)
+        value = ", ".join(sorted(row.value)) if isinstance(row.value, frozenset) else str(row.value)
+        rows.append(f"| {row.name.replace('_', ' ')} | {targets} | {row.since} | {value} | {row.source} |")
+    return "\n".join([*rows, "", ""])
 
 
 def index_page() -> str:

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from nxfx.prepared import PreparedModule
     from nxfx.report import Finding, Location, Report, Rewrite
     from nxfx.storage import load
+    from nxfx.targets import Target
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError", "CompilerError", "Finding", "Location", "NeuronNotFound", "NxfxError", "Pass", "PassContext", "PassError",
-    "PassResult", "Pipeline", "PrepareError", "PreparedModule", "RangeError", "Report", "Rewrite", "TracedModule", "UsageError",
-    "WarmUp", "check", "compile", "load", "prepare", "reports", "trace", "warmup",
+    "PassResult", "Pipeline", "PrepareError", "PreparedModule", "RangeError", "Report", "Rewrite", "Target", "TracedModule",
+    "UsageError", "WarmUp", "check", "compile", "load", "prepare", "reports", "trace", "warmup",
 ]  # fmt: skip
 
 _WHERE = {
@@ -31,6 +32,7 @@ _WHERE = {
     "Finding": "nxfx.report", "Location": "nxfx.report", "Report": "nxfx.report", "Rewrite": "nxfx.report",
     "reports": "nxfx.capture.dynamo", "trace": "nxfx.handoff.neuron", "TracedModule": "nxfx.handoff.neuron",
     "warmup": "nxfx.latency", "WarmUp": "nxfx.latency",
+    "Target": "nxfx.targets",
 }  # fmt: skip
 
 

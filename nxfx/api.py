@@ -33,6 +33,7 @@ def prepare(
     kwargs: dict[str, Any] | None = None,
     *,
     target: str | Target = "trn2",
+    sdk: str | None = None,
     pipeline: Pipeline | str | None = None,
     ranges: dict[str, tuple[int, int]] | None = None,
     dynamic_shapes: Any = None,
@@ -53,7 +54,8 @@ def prepare(
         model: any ``nn.Module``. It is left as it is; calling the result changes its state exactly as calling the model would.
         args, kwargs: example arguments. Tensors give dtypes and shapes; every other Python value is baked. Without both, the
             graph is captured on the first call, one capture per signature.
-        target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``.
+        target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``, or a :class:`~nxfx.targets.Target`.
+        sdk: the Neuron SDK release that compiles, ``"2.26"`` … ``"2.33"``; default: the target's, which is the latest known.
         pipeline: a :class:`~nxfx.pipeline.Pipeline` or its text; default: ``Pipeline.default(target)``.
         ranges: input name → inclusive ``(low, high)`` that an integer input can hold, e.g. ``{"input_ids": (0, 128255)}``;
             enforced on each call.
@@ -77,13 +79,14 @@ def prepare(
         PrepareError: strict mode found errors, or verification found a difference.
         PassError: a pass failed; names it, the node and the user's line.
         RangeError: an example value lies outside its range.
-        UsageError: unknown target, pass, option or range name.
+        UsageError: unknown target, SDK release, pass, option or range name.
     """
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"prepare wants an nn.Module, not {type(model).__name__}")
     if check not in get_args(Check):
         raise UsageError(f"check is one of {', '.join(get_args(Check))}, not {check!r}")
-    target, pipeline = get_target(target), _pipeline(pipeline, target)
+    target = get_target(target, sdk)
+    pipeline = _pipeline(pipeline, target)
     model = model if share_state else copy.deepcopy(model)
 
     def captured(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
@@ -116,6 +119,7 @@ def check(
     kwargs: dict[str, Any] | None = None,
     *,
     target: str | Target = "trn2",
+    sdk: str | None = None,
     ranges: dict[str, tuple[int, int]] | None = None,
 ) -> Report:
     """Everything :func:`prepare` would find and do, as a report. Changes nothing and raises for no hazard of the model.
@@ -123,10 +127,11 @@ def check(
     A model that cannot be captured gives the report of the capture error.
     """
     try:
-        return prepare(model, args, kwargs or {}, target=target, ranges=ranges).report
+        return prepare(model, args, kwargs or {}, target=target, sdk=sdk, ranges=ranges).report
     except CaptureError as error:
         report = error.report or Report()
-        report.target = get_target(target).name
+        chosen = get_target(target, sdk)
+        report.target, report.sdk = chosen.name, chosen.sdk
         if not report.findings:
             report.add([], [Finding("NX409", Severity.ERROR, str(error))])
         return report
@@ -150,7 +155,7 @@ def _clean(
     """Run the pipeline on a capture, hoist its boundary, write the report."""
     gm = found.graph_module
     context = PassContext(target, found.sources, training)
-    report = Report(target.name, str(pipeline), captured_by=found.captured_by, timings=dict(found.timings))
+    report = Report(target.name, str(pipeline), sdk=target.sdk, captured_by=found.captured_by, timings=dict(found.timings))
     report.nodes["before"], before = len(gm.graph.nodes), wide_edges(gm)
     boundaries = []
 

@@ -35,7 +35,7 @@ def compile(
             ``"neuron"`` where it is registered; else the cleaned graph runs as it is.
         inner_options: handed to the inner compiler as its ``options``.
         target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``.
-        prepare_options: everything else that :func:`nxfx.prepare` takes.
+        prepare_options: everything else that :func:`nxfx.prepare` takes, ``sdk`` for one.
 
     Raises:
         NeuronNotFound: ``inner="neuron"`` without TorchNeuron; tells what to install.

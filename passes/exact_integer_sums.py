@@ -16,6 +16,7 @@ from nxfx.graph.builder import NodeBuilder
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report.findings import Severity
 from nxfx.report.rewrites import Kind
+from nxfx.targets import Target
 
 aten = torch.ops.aten
 
@@ -32,6 +33,14 @@ _VALUES: dict[Any, tuple[int, ...]] = {
     aten.index_add.default: (0, 3),
     aten.index_put.default: (0, 2),
     aten._unsafe_index_put.default: (0, 2),
+}
+# What --implicit-integer-downcast calls the operation (neuronx-cc command-line reference).
+_DOWNCAST = {
+    "NCC_EVRF035": "dot",
+    "NCC_EVRF060": "scatter",
+    "NCC_EVRF061": "all_reduce",
+    "NCC_EVRF062": "pow",
+    "NCC_EVRF063": "reduce_scatter",
 }
 _LIMIT = dtype_rules.exact_integer(torch.float32)
 _EXACT: Interval = (-_LIMIT, _LIMIT)
@@ -90,16 +99,17 @@ class ExactIntegerSums(Pass):
         build = NodeBuilder(graph_module.graph, self.name)
         for node in sorted(found, key=order.__getitem__):
             if node.target in _POWERS:
-                self._power(node, build, result)
+                self._power(node, build, result, context.target)
             elif node.target in self.collectives:
-                self._collective(node, ranges, result)
+                self._collective(node, ranges, result, context.target)
             elif _is_exact(node, ranges):
                 self._in_fp32(node, build, result)
             else:
                 dot = node.target in _DOTS
                 what, code = ("dot product", "NCC_EVRF035") if dot else ("scatter-add", "NCC_EVRF060")
                 fix = "multiply and sum element by element" if dot else "sum a one-hot mask times the values"
-                self._report(node, what, code, _reach(ranges.proved(node)), f"bound the values (ranges=, clamp), or {fix}", result)
+                fix = f"bound the values (ranges=, clamp), or {fix}"
+                self._report(node, what, code, _reach(ranges.proved(node)), fix, result, context.target)
         result.changed = bool(result.rewrites)
         return result
 
@@ -117,10 +127,11 @@ class ExactIntegerSums(Pass):
         node.replace_all_uses_with(back)
         node.graph.erase_node(node)
 
-    def _power(self, node: fx.Node, build: NodeBuilder, result: PassResult) -> None:
+    def _power(self, node: fx.Node, build: NodeBuilder, result: PassResult, target: Target) -> None:
         base, exponent = node.args
         if not isinstance(base, fx.Node) or type(exponent) is not int or exponent not in (2, 3, 4):
-            self._report(node, "power", "NCC_EVRF062", "in int64", "multiply, or bound it so that it is an int32 power", result, "int32")
+            fix = "multiply, or bound it so that it is an int32 power"
+            self._report(node, "power", "NCC_EVRF062", "in int64", fix, result, target, "int32")
             return
         with build.before(node):
             square = build.call(aten.mul.Tensor, base, base)
@@ -129,20 +140,34 @@ class ExactIntegerSums(Pass):
         node.replace_all_uses_with(product)
         node.graph.erase_node(node)
 
-    def _collective(self, node: fx.Node, ranges: Ranges, result: PassResult) -> None:
+    def _collective(self, node: fx.Node, ranges: Ranges, result: PassResult, target: Target) -> None:
         what, code = self.collectives[node.target]
         operands = node.args[0] if isinstance(node.args[0], (list, tuple)) else node.args[:1]
         bounds = [ranges.proved(n) for n in operands if isinstance(n, fx.Node)]
         picks = node.args[1] in ("max", "min")  # one of the values; a sum grows with the number of ranks
         if not (picks and all(b is not None and fits(b, _EXACT) for b in bounds)):
-            self._report(node, what, code, "over all ranks", "reduce float32 values below 2^24, or halves of the integer", result)
+            fix = "reduce float32 values below 2^24, or halves of the integer"
+            self._report(node, what, code, "over all ranks", fix, result, target)
 
     def _report(
-        self, node: fx.Node, what: str, code: str, reach: str, fix: str, result: PassResult, runs_in: str = "fp32, exact to 2^24"
+        self,
+        node: fx.Node,
+        what: str,
+        code: str,
+        reach: str,
+        fix: str,
+        result: PassResult,
+        target: Target,
+        runs_in: str = "fp32, exact to 2^24",
     ) -> None:
-        refused = f"refuses it with --implicit-integer-downcast=none ({code})"
-        message = f"integer {what} {reach}: neuronx-cc computes it in {runs_in}, or {refused}"
-        result.findings.append(self.finding(node, "NX305", Severity.WARNING, message, fix))
+        """An error where nxfx's own flag makes it one. A compiler without the flag, and an int32 dot on NeuronCore-v2, goes on."""
+        refused = target.integer_downcast_flag and not (code == "NCC_EVRF035" and target.int32_dot and meta.dtype_of(node) is torch.int32)
+        severity = Severity.ERROR if refused else Severity.WARNING
+        if refused:
+            fix += f"; or accept the rounding with --implicit-integer-downcast={_DOWNCAST[code]}"
+        consequence = f"refuses it with --implicit-integer-downcast=none ({code})"
+        message = f"integer {what} {reach}: neuronx-cc computes it in {runs_in}, or {consequence}"
+        result.findings.append(self.finding(node, "NX305", severity, message, fix))
 
 
 def _is_concerned(node: fx.Node) -> bool:

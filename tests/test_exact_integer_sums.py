@@ -127,7 +127,23 @@ def test_what_an_undeclared_input_may_hold_counts_only_where_the_boundary_enforc
     prepared = nxfx.prepare(model, args, verify_each=True)
     assert [r.rule for r in prepared.report.rewrites if r.pass_name == "exact-integer-sums"] == ["sums.integer-dot"]
     assert "--auto-cast=none" in prepared.compiler_args  # bf16 would round the operands
-    assert "--implicit-integer-downcast=none" not in prepared.compiler_args
     far = (torch.full((8, 8), 2**31 - 1), torch.full((8, 8), -(2**31)))
     outcome = compare(model(*far), prepared(*far))
     assert outcome.ok, outcome.mismatches
+
+
+@pytest.mark.parametrize(
+    ("target", "sdk", "dot", "scatter"),
+    [("trn1", "2.31", "warning", "warning"), ("trn1", "2.32", "warning", "error"), ("trn2", "2.31", "warning", "warning"), ("trn2", "2.33", "error", "error")],
+)
+def test_what_nxfx_tells_the_compiler_to_refuse_is_an_error(target: str, sdk: str, dot: str, scatter: str) -> None:
+    class Sums(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor, at: torch.Tensor) -> Any:
+            return a @ b, a.index_add(0, at, b)
+
+    prepared = nxfx.prepare(Sums(), (full(1, 8, 8), full(1, 8, 8), INDEX), target=target, sdk=sdk, pipeline="narrow-64bit,exact-integer-sums")
+    found = {f.message.partition(" ")[2].partition(" ")[0]: f for f in prepared.report.findings if f.code == "NX305"}
+    assert [found["dot"].severity.value, found["scatter-add"].severity.value] == [dot, scatter]
+    refuses = "--implicit-integer-downcast=none" in prepared.compiler_args
+    assert refuses is (scatter == "error")
+    assert ("--implicit-integer-downcast=scatter" in found["scatter-add"].fix) is refuses

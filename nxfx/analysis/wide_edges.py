@@ -31,6 +31,18 @@ def wide_edges(gm: fx.GraphModule) -> dict[str, int]:
     return {"edges": edges, "forced": forced, "kept": kept}
 
 
+def wide_int64(gm: fx.GraphModule) -> int:
+    """How many int64 values of ``gm`` and its bodies are computed with as int64 because they may not fit int32.
+
+    What is made of 32 bits or fewer by a cast, or is cast down by every reader, fits.
+    """
+    return sum(
+        meta.dtype_of(node) is torch.int64 and not _casts_up(node) and "edge" in (_kind(node, user) for user in node.users)
+        for scope in walk.scopes(gm)
+        for node in scope.graph_module.graph.nodes
+    )
+
+
 def _kind(node: fx.Node, user: fx.Node) -> str:
     source = node.op in ("placeholder", "get_attr")
     if user.op == "output":

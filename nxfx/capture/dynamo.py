@@ -102,6 +102,7 @@ class BackendOptions:
             ``"eager"``, the cleaned graph runs as it is.
         inner_options: handed to the inner compiler as its ``options``.
         target: ``"inf2"``, ``"trn1"``, ``"trn2"`` or ``"trn3"``.
+        sdk: the Neuron SDK release that compiles; default: the latest known.
         pipeline: a :class:`~nxfx.pipeline.Pipeline` or its text.
         ranges: input name → inclusive ``(low, high)`` that an integer input can hold; enforced on each call.
         check: when the boundary checks integer ranges: ``"always"`` (host tensors), ``"first"`` or ``"never"``.
@@ -112,6 +113,7 @@ class BackendOptions:
     inner: str | Inner | None = None
     inner_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     target: str | Target = "trn2"
+    sdk: str | None = None
     pipeline: str | Pipeline | None = None
     ranges: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     check: Check = "always"
@@ -189,13 +191,13 @@ class _Job:
 
     def __init__(self, options: BackendOptions, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
         self.gm, self.example_inputs, self.options = gm, example_inputs, options
-        self.target = get_target(options.target)
+        self.target = get_target(options.target, options.sdk)
         self.inner_name, self.inner = inner_compiler(options.inner, self.target, options.inner_options)
         self.pipeline = _pipeline(options.pipeline, self.target)
         # Containers (compiled autograd) are flattened on the way: positions then say nothing, every input is opaque.
         flat = all(isinstance(x, (torch.Tensor, int, float, torch.SymInt, torch.SymFloat)) for x in example_inputs)
         self.names = user_names(gm) if flat else []
-        self.report = Report(self.target.name, str(self.pipeline), captured_by="dynamo")
+        self.report = Report(self.target.name, str(self.pipeline), sdk=self.target.sdk, captured_by="dynamo")
         self.context = PassContext(self.target)
         self.limits: dict[str, InputRule] = {}
 

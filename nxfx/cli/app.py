@@ -83,6 +83,15 @@ Spec = Annotated[
     ),
 ]
 Target = Annotated[str, typer.Option("--target", metavar="NAME", help="inf2, trn1, trn2 or trn3.")]
+Sdk = Annotated[
+    str | None,
+    typer.Option(
+        "--sdk",
+        metavar="RELEASE",
+        show_default=False,
+        help="The Neuron SDK release that compiles, 2.26 to 2.33. Default: the latest known.",
+    ),
+]
 PipelineText = Annotated[
     str | None,
     typer.Option(
@@ -154,6 +163,7 @@ def dump(
     ] = None,
     pipeline: PipelineText = None,
     target: Target = "trn2",
+    sdk: Sdk = None,
     ranges: Ranges = None,
     output: Output = None,
     traceback: Traceback = False,
@@ -178,7 +188,7 @@ def dump(
             raise UsageError(f"--diff goes with --format code or text, not {format}")
         from nxfx.cli import dump
 
-        request = dump.Request(spec, format, diff, print_after, pipeline, target, console.ranges(ranges or ()))
+        request = dump.Request(spec, format, diff, print_after, pipeline, target, sdk, console.ranges(ranges or ()))
         console.check_writable(output)
         console.emit(dump.run(request), output, paint=console.paint_diff if diff else None)
 
@@ -190,6 +200,7 @@ def check(
     strict_warnings: Annotated[bool, typer.Option("--strict-warnings", help="Exit 1 on warnings too.")] = False,
     pipeline: PipelineText = None,
     target: Target = "trn2",
+    sdk: Sdk = None,
     ranges: Ranges = None,
     output: Output = None,
     traceback: Traceback = False,
@@ -202,7 +213,7 @@ def check(
 
     \b
     nxfx check model.py:tiny
-    nxfx check mypackage.models:llama --target trn1 --range input_ids=0:128255
+    nxfx check mypackage.models:llama --target trn1 --sdk 2.31 --range input_ids=0:128255
     nxfx check model.py:tiny --format json -o report.json
     """
     with console.reported("check", traceback):
@@ -210,7 +221,7 @@ def check(
         from nxfx.cli import check
 
         console.check_writable(output)
-        result = check.run(spec, pipeline, target, console.ranges(ranges or ()))
+        result = check.run(spec, pipeline, target, sdk, console.ranges(ranges or ()))
         text = result.report.to_json() if format == "json" else str(result.report)
         console.emit(text, output, paint=console.paint_report if format == "text" else None)
         if result.error is not None:
@@ -236,6 +247,7 @@ def lower(
     ] = "arguments",
     pipeline: PipelineText = None,
     target: Target = "trn2",
+    sdk: Sdk = None,
     ranges: Ranges = None,
     output: Output = None,
     traceback: Traceback = False,
@@ -263,7 +275,7 @@ def lower(
         from nxfx.cli import lower
 
         console.check_writable(output)
-        lowered = lower.run(lower.Request(spec, to, weights, pipeline, target, console.ranges(ranges or ())))
+        lowered = lower.run(lower.Request(spec, to, weights, pipeline, target, sdk, console.ranges(ranges or ())))
         if output is not None and output.suffix == ".mlirbc":
             lowered.write(output)
         else:
@@ -293,14 +305,29 @@ def passes(
 @app.command(epilog=EXIT_CODES)
 def doctor(
     format: ReportFormat = "text",
+    target: Annotated[
+        str | None,
+        typer.Option("--target", metavar="NAME", show_default=False, help="Also say what holds for inf2, trn1, trn2 or trn3."),
+    ] = None,
+    sdk: Sdk = None,
     traceback: Traceback = False,
 ) -> None:
-    """Say what is installed here, what nxfx can hand a cleaned graph to, and what to install for the rest."""
+    """Say what is installed here, what nxfx can hand a cleaned graph to, and what to install for the rest.
+
+    [bold]Examples[/]
+
+    \b
+    nxfx doctor
+    nxfx doctor --target trn1 --sdk 2.31          and what that generation does under that release, with sources
+    """
     with console.reported("doctor", traceback):
         console.choose("format", format, REPORT_FORMATS)
+        if sdk is not None and target is None:
+            raise UsageError("--sdk goes with --target")
         from nxfx.cli import doctor
+        from nxfx.targets import get_target
 
-        diagnosis = doctor.diagnose()
+        diagnosis = doctor.diagnose(get_target(target, sdk) if target is not None else None)
         console.emit(diagnosis.to_json() if format == "json" else str(diagnosis))
 
 

@@ -20,14 +20,14 @@ class Result:
     error: CaptureError | None = None
 
 
-def run(spec: str, pipeline: str | None, target: str, ranges: dict[str, tuple[int, int]]) -> Result:
+def run(spec: str, pipeline: str | None, target: str, sdk: str | None, ranges: dict[str, tuple[int, int]]) -> Result:
     """Prepare the model that ``spec`` names and return the report.
 
     Raises:
-        UsageError: wrong SPEC, pass, option, target or range name.
+        UsageError: wrong SPEC, pass, option, target, SDK release or range name.
         NxfxError: the model or a pass failed.
     """
-    chosen = get_target(target)
+    chosen = get_target(target, sdk)
     steps = Pipeline.default(chosen) if pipeline is None else Pipeline.parse(pipeline)
     with console.progress() as progress:
         progress(f"loading {spec}")
@@ -47,7 +47,7 @@ def run(spec: str, pipeline: str | None, target: str, ranges: dict[str, tuple[in
             )
         except CaptureError as error:
             report = error.report or Report()
-            report.target = chosen.name
+            report.target, report.sdk = chosen.name, chosen.sdk
             if not report.errors:
                 report.add([], [Finding("NX409", Severity.ERROR, console.one_line(str(error)))])
             return Result(report, error)

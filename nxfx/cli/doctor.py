@@ -19,6 +19,8 @@ import torch
 import nxfx
 from nxfx.cli import console
 from nxfx.environment import INSTALL, imported, present
+from nxfx.targets import Target
+from nxfx.targets.facts import COMPILERS
 
 OLDEST_TORCH = (2, 9)
 
@@ -58,12 +60,16 @@ class HandOff:
 
 @dataclass
 class Diagnosis:
-    """Everything found."""
+    """Everything found, and what was asked about: the rows of the table that hold for the target."""
 
     packages: list[Package]
     hand_offs: list[HandOff]
     devices: int = 0
     problems: list[str] = field(default_factory=list)
+    target: str = ""
+    sdk: str = ""
+    install: str = ""
+    facts: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps({"nxfx": 1, **asdict(self)}, indent=2)
@@ -78,13 +84,20 @@ class Diagnosis:
         for h in self.hand_offs:
             lines.append(f"  {'yes' if h.available else 'no ':<3}  {h.name}")
             lines.append(f"         {f'use: {h.use}' if h.available else f'needs: {h.install}'}")
+        if self.target:
+            lines += ["", f"Target {self.target}, SDK {self.sdk}", f"  install: {self.install}"]
+            lines += [f"  {name.replace('_', ' ')}: {row['value']}  ({row['source']})" for name, row in self.facts.items()]
         if self.problems:
             lines += ["", "Problems", *(f"  {p}" for p in self.problems)]
         return "\n".join(lines)
 
 
-def diagnose() -> Diagnosis:
-    """Look at this Python environment and this machine. Raises nothing: what breaks on import becomes a problem."""
+def diagnose(target: Target | None = None) -> Diagnosis:
+    """Look at this Python environment and this machine. Raises nothing: what breaks on import becomes a problem.
+
+    Args:
+        target: also tell what holds for it, and whether the compiler that is installed is of its SDK release.
+    """
     found = Diagnosis([], [])
     with console.progress() as progress:
         progress("looking for packages")
@@ -107,7 +120,22 @@ def diagnose() -> Diagnosis:
         found.devices = len(glob.glob("/dev/neuron[0-9]*"))
         if _torch_version() < OLDEST_TORCH:
             found.problems.append(f"torch {torch.__version__} is older than nxfx supports: 2.9 or newer is needed")
+        if target is not None:
+            _tell_target(found, target)
     return found
+
+
+def _tell_target(found: Diagnosis, target: Target) -> None:
+    found.target, found.sdk = target.name, target.sdk
+    found.install = (_trace(False) if target.legacy else _native(False)).install
+    for row in target.facts:
+        value = ", ".join(sorted(row.value)) if isinstance(row.value, frozenset) else str(row.value)
+        found.facts[row.name] = {"value": value, "source": row.source}
+    (compiler,) = (p for p in found.packages if p.name == "neuronx-cc")
+    installed = COMPILERS.get(".".join((compiler.version or "").split(".")[:2]))
+    if installed is not None and installed != target.sdk:
+        told = f"neuronx-cc {compiler.version} is of SDK {installed}"
+        found.problems.append(f"{told}: say sdk={installed!r}, or install that of {target.sdk}")
 
 
 def _torch_version() -> tuple[int, ...]:

@@ -31,6 +31,7 @@ class Request:
     print_after: str | None
     pipeline: str | None
     target: str
+    sdk: str | None
     ranges: dict[str, tuple[int, int]]
 
 
@@ -128,7 +129,7 @@ def run(request: Request) -> str:
         UsageError: wrong SPEC, pass, option or target.
         NxfxError: the model or a pass failed.
     """
-    target = get_target(request.target)
+    target = get_target(request.target, request.sdk)
     pipeline = Pipeline.default(target) if request.pipeline is None else Pipeline.parse(request.pipeline)
     if request.print_after not in (None, "all", "changed", CAPTURE):
         pipeline.only(str(request.print_after))  # raises for a pass that is not in it, with the nearest name

@@ -22,6 +22,7 @@ class Request:
     weights: str
     pipeline: str | None
     target: str
+    sdk: str | None
     ranges: dict[str, tuple[int, int]]
 
 
@@ -29,11 +30,11 @@ def run(request: Request) -> Lowered:
     """Prepare the model and lower its graph.
 
     Raises:
-        UsageError: wrong SPEC, pass, option, target or range name, or the lowering is not installed.
+        UsageError: wrong SPEC, pass, option, target, SDK release or range name, or the lowering is not installed.
         LoweringError: the lowering refuses; names the op and the user's line.
         NxfxError: the model or a pass failed.
     """
-    target = get_target(request.target)
+    target = get_target(request.target, request.sdk)
     pipeline = Pipeline.default(target) if request.pipeline is None else Pipeline.parse(request.pipeline)
     if request.dialect == "hlo" and request.weights == "inline":
         raise UsageError("--weights inline goes with --to stablehlo: torch-xla passes weights as arguments")

@@ -50,7 +50,17 @@ CODES: dict[str, str] = {
     "NX410": "a higher-order op's body is not rewritten",
     "NX411": "an op that torch-xla runs on the host",
     # NX5xx Neuron compiler constraints
-    "NX501": "an op or dtype that the Neuron compiler refuses",
+    "NX501": "an operator that the Neuron compiler does not have",
+    "NX502": "complex numbers",
+    "NX503": "a float format that the target does not have",
+    "NX504": "a convolution whose input and kernel are both dilated",
+    "NX505": "a dilated pooling window",
+    "NX506": "top-k or sort of integers, or a sort where there is none",
+    "NX507": "a scatter that reduces integers",
+    "NX508": "a shift to the right of other than 32 bits",
+    "NX509": "positions beyond the operand",
+    "NX510": "a 64-bit constant beyond 32 bits",
+    "NX511": "a dynamic size",
     "NX550": "an option of yours overrides what the graph needs",
     # NX6xx masks and infinities
     "NX601": "minus infinity in an additive mask",

@@ -19,6 +19,7 @@ class Report:
 
     Attributes:
         target: Neuron generation.
+        sdk: Neuron SDK release.
         pipeline: textual form of the pipeline that ran.
         rewrites: changes made, equal ones merged with a count.
         findings: what was not changed and the user should know.
@@ -42,6 +43,7 @@ class Report:
     nodes: dict[str, int] = field(default_factory=dict)
     wide_edges: dict[str, int] = field(default_factory=dict)
     captured_by: str = ""
+    sdk: str = ""
 
     def add(self, rewrites: list[Rewrite], findings: list[Finding]) -> None:
         """Append and merge."""

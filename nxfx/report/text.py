@@ -43,7 +43,7 @@ def _rewrites(rewrites: list[Rewrite]) -> list[str]:
 
 def render(report: Report) -> str:
     """Rewrites and findings, each with its code, file:line and source text."""
-    lines = [f"nxfx report · target {report.target}: {report.summary()}"]
+    lines = [f"nxfx report · target {report.target}{f', SDK {report.sdk}' if report.sdk else ''}: {report.summary()}"]
     if report.rewrites:
         lines.append("\nRewrites")
     lines += _rewrites(report.rewrites)

@@ -169,9 +169,9 @@ class Rebuild:
 
     # -- running --------------------------------------------------------------------------------------------
 
-    def context(self, *, target: str, training: bool) -> None:
+    def context(self, *, target: str, sdk: str, training: bool) -> None:
         """The target and mode the pass ran for."""
-        self._context.target, self._context.training = get_target(target), training
+        self._context.target, self._context.training = get_target(target, sdk), training
 
     def source(
         self, node: str, name: str, role: str, *, known: bool, mutated: bool, range: tuple[int, int] | None

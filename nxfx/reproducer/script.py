@@ -238,7 +238,8 @@ class _Script:
     # -- context and passes ---------------------------------------------------------------------------------
 
     def _context(self) -> Iterator[str]:
-        yield f"g.context(target={self.context.target.name!r}, training={self.context.training})"
+        target = self.context.target
+        yield f"g.context(target={target.name!r}, sdk={target.sdk!r}, training={self.context.training})"
         for node, source in self.context.sources.items():
             known = source.value is not None
             yield (
