@@ -12,21 +12,21 @@ if TYPE_CHECKING:
     from nxfx.compiled import compile
     from nxfx.pipeline import Pass, PassContext, PassResult, Pipeline
     from nxfx.prepared import PreparedModule
-    from nxfx.report import Finding, Location, Report, Rewrite
+    from nxfx.report import Finding, Location, Report, Rewrite, ValueSite
     from nxfx.storage import load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError", "Finding", "Location", "NxfxError", "Pass", "PassContext", "PassError", "PassResult", "Pipeline", "PrepareError",
-    "PreparedModule", "RangeError", "Report", "Rewrite", "UsageError", "check", "compile", "load", "prepare", "reports",
+    "PreparedModule", "RangeError", "Report", "Rewrite", "UsageError", "ValueSite", "check", "compile", "load", "prepare", "reports",
 ]  # fmt: skip
 
 _WHERE = {
     "check": "nxfx.api", "prepare": "nxfx.api", "compile": "nxfx.compiled", "load": "nxfx.storage", "PreparedModule": "nxfx.prepared",
     "Pass": "nxfx.pipeline", "PassContext": "nxfx.pipeline", "PassResult": "nxfx.pipeline", "Pipeline": "nxfx.pipeline",
     "Finding": "nxfx.report", "Location": "nxfx.report", "Report": "nxfx.report", "Rewrite": "nxfx.report",
-    "reports": "nxfx.capture.dynamo",
+    "ValueSite": "nxfx.report", "reports": "nxfx.capture.dynamo",
 }  # fmt: skip
 
 
