@@ -378,6 +378,7 @@ def early_returns(x, n, mask):
     if n == 7:  # site: if NX401 refused
         return x
     if n == 2:  # site: if NX401 refused
+        x = x + 1
         if mask.any():  # site: if NX401 refused
             return x * 2
     return -x

@@ -7,7 +7,7 @@ import io
 import random
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 
 from nxfx.capture.export import input_names
 from nxfx.capture.shell import bind
-from nxfx.capture.state import ModuleState
+from nxfx.capture.state import Change, ModuleState
 from nxfx.capture.structure import flatten
 from nxfx.errors import CaptureError
 from nxfx.graph.meta import FakeTensor
-from nxfx.observe import routes
+from nxfx.observe import python_state, routes, watch
 from nxfx.observe.recorder import DispatchMode, Event, FunctionMode, Key, Record
 from nxfx.observe.variations import Call, Range, duplicate, variations
+from nxfx.observe.watch import Probe
 from nxfx.report.sites import ValueSite
 
 SHOWN_VALUES = 6
@@ -67,17 +68,25 @@ def observe(
     if not _has_values([*model.parameters(), *model.buffers(), *(leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor))]):
         return Observation()
     declared = _declared(ranges or {}, input_names(flat, positional))
-    record, error = _run(model, duplicate(call, flat))
-    found = Observation(error=error)
+    first = _run(model, duplicate(call, flat))
+    record, found = first.record, Observation(error=first.error)
     tests: dict[str, Record] = {}
     if flat.leaves and any(event.reading.role not in _NEVER_TESTED for event in record.events.values()):
         for name, varied in variations(call, flat, declared):
-            other, raised = _run(model, varied)
-            if raised is None or error is not None:
-                tests[name] = other
+            other = _run(model, varied)
+            if other.error is None or first.error is not None:
+                tests[name] = other.record
     found.sites = [_site(key, event, tests) for key, event in record.events.items()]
     later = {key: (name, event) for name, other in tests.items() for key, event in other.events.items() if key not in record.events}
     found.sites += [_hidden(name, event) for name, event in later.values()]
+    if first.changes or first.draws:
+
+        def watched(probes: list[Probe]) -> watch.Found:
+            lines: watch.Found = {}
+            _run(model, duplicate(call, flat), lambda forward: lines.update(watch.written_lines(forward, probes)))
+            return lines
+
+        found.sites += python_state.sites(model, first.changes, first.draws, watched)
     return found
 
 
@@ -116,22 +125,34 @@ def _memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _run(model: torch.nn.Module, call: Call) -> tuple[Record, Exception | None]:
-    args, kwargs = call
-    state, record = ModuleState(model), Record()
-    storages = _Storages([*model.parameters(), *model.buffers(), *(slot.tensor for slot in state.slots())])
+@dataclass
+class _Run:
+    """What one run left: its record, what it raised, and what it did to Python state (put back since)."""
+
+    record: Record
     error: Exception | None = None
-    try:
-        with _aside(), DispatchMode(record, storages.keep), FunctionMode(record):
-            record.entry = sys._getframe()
-            model(*args, **kwargs)
-    except Exception as raised:
-        error = raised.with_traceback(None)
-    finally:
-        record.entry = None
-        state.restore()
-        storages.restore()
-    return record, error
+    changes: list[Change] = field(default_factory=list)
+    draws: list[Probe] = field(default_factory=list)
+
+
+def _run(model: torch.nn.Module, call: Call, through: Callable[[Callable[[], Any]], None] = lambda forward: forward()) -> _Run:
+    args, kwargs = call
+    state, run = ModuleState(model), _Run(Record())
+    storages = _Storages([*model.parameters(), *model.buffers(), *(slot.tensor for slot in state.slots())])
+    with _aside():
+        untouched = [(probe, probe.read()) for probe in watch.generators()]
+        try:
+            with DispatchMode(run.record, storages.keep), FunctionMode(run.record):
+                run.record.entry = sys._getframe()
+                through(lambda: model(*args, **kwargs))
+        except Exception as raised:
+            run.error = raised.with_traceback(None)
+        finally:
+            run.record.entry = None
+            run.changes, run.draws = state.changes(), [probe for probe, was in untouched if probe.read() != was]
+            state.restore()
+            storages.restore()
+    return run
 
 
 @contextlib.contextmanager

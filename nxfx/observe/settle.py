@@ -13,6 +13,7 @@ _MILD = frozenset({"tensor index", "slice bound", "boolean write", "torch.tensor
 
 def settle(report: Report, observation: Observation, *, captured: bool) -> None:
     """Put the sites into ``report``, each with its outcome, and a finding for each line that has none where nothing was captured."""
+    _locate_state(report, observation.sites)
     stands = {(f.location.file, f.location.line) for f in report.findings if f.code.startswith(("NX2", "NX4"))}
     report.sites = observation.sites
     for site in observation.sites:
@@ -24,6 +25,17 @@ def settle(report: Report, observation: Observation, *, captured: bool) -> None:
         error = observation.error
         message = f"run eagerly on the example, forward raises {type(error).__name__}: {error}; the list of value sites ends there"
         report.add([], [Finding("NX409", Severity.WARNING, message)])
+
+
+def _locate_state(report: Report, sites: list[ValueSite]) -> None:
+    """Findings about Python state move to the line that was seen to write it."""
+    for site in sites:
+        if site.code != "NX406":
+            continue
+        name = repr(site.values[0].partition(":")[0]) if site.values else f"draws from {site.kind}"
+        for finding in report.findings:
+            if finding.code == "NX406" and name in finding.message:
+                finding.location = site.location
 
 
 def _finding(site: ValueSite) -> Finding:

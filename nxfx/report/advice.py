@@ -145,6 +145,7 @@ DRAW = Advice("NX405", RANDOM, "to compare with a CPU, draw the noise outside an
 LITERAL = Advice("NX402", VALUE, "join them as tensors: torch.stack([a, b])")
 COPY = "A legacy trace stops, runs what it has and goes on from the copy; on the device it is a wait for the host."
 HOST_COPY = Advice("NX402", COPY, "leave the tensor where it is, and call .cpu() on the model's results")
+PYTHON_STATE = Advice("NX406", STATE, "register it as a buffer and update it in place with tensor operations; or pass it in and return it")
 HOST_RANDOM = Advice("NX406", STATE, "draw with a torch random op, or outside the model and pass the numbers in")
 # Operators that torch-xla runs on the host.
 HOST_FIXES: dict[str, str] = {
