@@ -87,15 +87,19 @@ def argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: 
     return None
 
 
+# Batch norms update their statistics, and their schemas do not say so.
+_STATISTICS = frozenset({"running_mean", "running_var"})
+
+
 @functools.lru_cache(maxsize=4096)
 def written_by(target: Any) -> tuple[tuple[int, str], ...]:
     """Position and name of each argument that ``target`` writes."""
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    if not isinstance(target, torch._ops.OpOverload):
         return ()
     return tuple(
         (position, spec.name)
         for position, spec in enumerate(target._schema.arguments)
-        if spec.alias_info is not None and spec.alias_info.is_write
+        if spec.name in _STATISTICS or spec.alias_info is not None and spec.alias_info.is_write
     )
 
 

@@ -27,7 +27,7 @@ class Reading:
     Attributes:
         kind: as :class:`~nxfx.report.sites.ValueSite` has it.
         role: ``"branch"``, ``"check"``, ``"value"``, ``"text"``, ``"size"``, ``"bound"``, ``"position"``, ``"copy"``, ``"random"``,
-            ``"host op"`` or ``"host random"``: decides what it becomes.
+            or ``"host op"``: decides what it becomes.
         advice: code and fix.
     """
 
@@ -73,7 +73,7 @@ def of_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fr
     if function is torch.Tensor.__contains__:
         return _checked(Reading("in", "branch", advice.SYNTAX["in"]), frames)
     if function is torch._assert:
-        return Reading("assert", "check", advice.SYNTAX["assert"])
+        return Reading("torch._assert", "check", advice.SYNTAX["assert"])
     if function in _NUMBERS:
         return _number(_NUMBERS[function], function, frames)
     if function in _TEXT:
@@ -117,7 +117,7 @@ def _called(construct: Construct, otherwise: str) -> str:
 def _truth(frames: list[FrameType]) -> Reading:
     construct = _construct(frames)
     if construct.kind == "call" and construct.base == "_assert":  # torch._assert itself asks only for tensor subclasses
-        return Reading("assert", "check", advice.SYNTAX["assert"])
+        return Reading("torch._assert", "check", advice.SYNTAX["assert"])
     if construct.kind == "call" and construct.base in _ASKING:
         return _checked(Reading(f"{construct.base}()", "branch", Advice("NX401", advice.BRANCH, advice.CALLS[construct.base].fix)), frames)
     kind = construct.test or construct.kind if construct.kind in ("call", "") else construct.kind

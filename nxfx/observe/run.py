@@ -27,7 +27,7 @@ from nxfx.observe.watch import Probe
 from nxfx.report.sites import ValueSite
 
 SHOWN_VALUES = 6
-_NEVER_TESTED = frozenset({"random", "copy", "host random"})
+_NEVER_TESTED = frozenset({"random", "copy"})
 _FLAG = "its value was the same for every input tried: if it is a setting, make it a Python flag decided before the model is compiled"
 
 

@@ -8,7 +8,9 @@ from nxfx.report.advice import BECOMES
 from nxfx.report.sites import ValueSite
 
 # What the interception of a capture turns into data flow by itself, or what is no obstacle: a warning where nothing was captured.
-_MILD = frozenset({"tensor index", "slice bound", "boolean write", "torch.tensor of tensors", "assert", "check that raises"})
+_MILD = frozenset(
+    {"tensor index", "slice bound", "boolean write", "torch.tensor of tensors", "assert", "torch._assert", "check that raises"}
+)
 
 
 def settle(report: Report, observation: Observation, *, captured: bool) -> None:
