@@ -6,6 +6,7 @@ import contextlib
 import io
 import random
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from nxfx.observe.watch import Probe
 from nxfx.report.sites import ValueSite
 
 SHOWN_VALUES = 6
+# Seconds for varied inputs whatever the model; a large one gets half the time of its first run, so that a check stays within three.
+_ENOUGH = 1.0
 _NEVER_TESTED = frozenset({"random", "copy"})
 _FLAG = "its value was the same for every input tried: if it is a setting, make it a Python flag decided before the model is compiled"
 
@@ -68,11 +71,15 @@ def observe(
     if not _has_values([*model.parameters(), *model.buffers(), *(leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor))]):
         return Observation()
     declared = _declared(ranges or {}, input_names(flat, positional))
+    started = time.perf_counter()
     first = _run(model, duplicate(call, flat))
+    deadline = time.perf_counter() + max(_ENOUGH, (time.perf_counter() - started) / 2)
     record, found = first.record, Observation(error=first.error)
     tests: dict[str, Record] = {}
     if flat.leaves and any(event.reading.role not in _NEVER_TESTED for event in record.events.values()):
         for name, varied in variations(call, flat, declared):
+            if time.perf_counter() > deadline and tests:
+                break
             other = _run(model, varied)
             if other.error is None or first.error is not None:
                 tests[name] = other.record

@@ -49,7 +49,8 @@ def _within(x: torch.Tensor, limits: Range) -> torch.Tensor:
 
 
 def _span(x: torch.Tensor, limits: Range) -> tuple[int, int]:
-    return limits or (int(x.min()), int(x.max()))
+    """What is declared; else what the example holds, and zero: a position below the largest one, a mask of ones turned off."""
+    return limits or (min(0, int(x.min())), max(0, int(x.max())))
 
 
 def _random(x: torch.Tensor, limits: Range, generator: torch.Generator) -> torch.Tensor:
@@ -81,5 +82,6 @@ def _more(x: torch.Tensor, limits: Range, generator: torch.Generator) -> torch.T
     return _within(x + 1, limits) if _is_integer(x) else x * 10 + 1
 
 
-_RULES: dict[str, _Rule] = {"random values": _random, "mirrored values": _mirrored, "zeros": _zeros, "larger values": _more}
+# The most telling one first: there may be time for no more.
+_RULES: dict[str, _Rule] = {"mirrored values": _mirrored, "random values": _random, "zeros": _zeros, "larger values": _more}
 
