@@ -306,3 +306,50 @@ def test_what_is_said_of_torch_compile_is_what_dynamo_does(name: str) -> None:
         refused = True
     said = " ".join(s.becomes["TorchNeuron"] for s in sites)
     assert refused == ("refused" in said) or not refused and "from torch 2.13 on" in said or name == "bool_call"
+
+
+_TRANSFORMERS = """
+import sys, torch, torch_xla, corpus, nxfx
+from torch.utils._pytree import tree_map
+device = torch_xla.device()
+moved = lambda value: tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, value)
+name = sys.argv[1]
+def runs(call):
+    torch_xla.sync()
+    torch_xla._XLAC._set_allow_execution(False)
+    try:
+        with torch.no_grad():
+            call()
+        return True
+    except RuntimeError:
+        return False
+    finally:
+        torch_xla._XLAC._set_allow_execution(True)
+model, kwargs = corpus.BY_NAME[name].build()
+report = nxfx.check(model, (), dict(kwargs))
+print(*(f"{s.location.line}:{s.outcome}" for s in report.sites if s.code == "NX401"), sep=",")
+prepared = nxfx.prepare(model, (), dict(kwargs)).to(device)
+inputs = moved(list(prepared.example_inputs))
+print(runs(lambda: prepared.graph_module(*inputs)))
+model, kwargs = corpus.BY_NAME[name].build()
+model, kwargs = model.to(device), moved(dict(kwargs))
+print(runs(lambda: model(**kwargs)))
+"""
+
+
+@pytest.mark.xla
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_mask_shortcuts_of_transformers_execute_before_prepare_and_not_after(name: str) -> None:
+    """Plain models of transformers look at their masks: each such frame is listed, and the cleaned graph has none."""
+    pytest.importorskip("torch_xla")
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = {**os.environ, "PT_XLA_DEBUG_LEVEL": "2", "PJRT_DEVICE": "CPU", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, "-c", _TRANSFORMERS, name], env=environment, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-2000:]
+    sites, cleaned, original = run.stdout.split()[-3:]
+    assert (cleaned, original) == ("True", "False")
+    listed = dict(site.split(":") for site in sites.split(","))
+    assert set(listed.values()) == {"removed"}
+    triggered = re.findall(r"Python Frame Triggered Execution: *\n[^\n(]*\(\S*masking_utils\.py:(\d+)\)", run.stderr)
+    assert triggered and set(triggered) <= set(listed)
