@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nxfx.latency import WarmUp, warmup
     from nxfx.pipeline import Pass, PassContext, PassResult, Pipeline
     from nxfx.prepared import PreparedModule
-    from nxfx.report import Finding, Location, Report, Rewrite
+    from nxfx.report import Finding, Location, Report, Rewrite, ValueSite
     from nxfx.storage import load
     from nxfx.targets import Target
 
@@ -23,7 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CaptureError", "CompilerError", "Finding", "Location", "NeuronNotFound", "NxfxError", "Pass", "PassContext", "PassError",
     "PassResult", "Pipeline", "PrepareError", "PreparedModule", "RangeError", "Report", "Rewrite", "Target", "TracedModule",
-    "UsageError", "WarmUp", "check", "compile", "load", "prepare", "reports", "trace", "warmup",
+    "UsageError", "ValueSite", "WarmUp", "check", "compile", "load", "prepare", "reports", "trace", "warmup",
 ]  # fmt: skip
 
 _WHERE = {
@@ -32,7 +32,7 @@ _WHERE = {
     "Finding": "nxfx.report", "Location": "nxfx.report", "Report": "nxfx.report", "Rewrite": "nxfx.report",
     "reports": "nxfx.capture.dynamo", "trace": "nxfx.handoff.neuron", "TracedModule": "nxfx.handoff.neuron",
     "warmup": "nxfx.latency", "WarmUp": "nxfx.latency",
-    "Target": "nxfx.targets",
+    "Target": "nxfx.targets", "ValueSite": "nxfx.report",
 }  # fmt: skip
 
 

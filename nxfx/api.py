@@ -18,6 +18,8 @@ from nxfx.capture.export import Capture, capture, without_autocast
 from nxfx.capture.state import ModuleState
 from nxfx.capture.structure import flatten
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
+from nxfx.observe.run import observe
+from nxfx.observe.settle import settle
 from nxfx.pipeline import PassContext, Pipeline, PipelineResult
 from nxfx.prepared import CapturedCall, PreparedModule
 from nxfx.report import Finding, Report, Severity
@@ -124,17 +126,38 @@ def check(
 ) -> Report:
     """Everything :func:`prepare` would find and do, as a report. Changes nothing and raises for no hazard of the model.
 
-    A model that cannot be captured gives the report of the capture error.
+    The model also runs eagerly, on the example and, where values decide something, on a few inputs like it (within ``ranges``):
+    ``report.sites`` lists every place where a value reaches Python, a shape or the host, whether or not the model can be captured.
+    A model that cannot be captured gives the report of the capture error, with a finding for each such line.
     """
+    return examine(model, args, kwargs, target=target, sdk=sdk, ranges=ranges)[0]
+
+
+def examine(
+    model: torch.nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    target: str | Target = "trn2",
+    sdk: str | None = None,
+    pipeline: Pipeline | str | None = None,
+    ranges: dict[str, tuple[int, int]] | None = None,
+    observer: Observer | None = None,
+) -> tuple[Report, CaptureError | None]:
+    """:func:`check`, and the error where there was nothing to capture."""
+    refused = None
     try:
-        return prepare(model, args, kwargs or {}, target=target, sdk=sdk, ranges=ranges).report
+        report = prepare(model, args, kwargs or {}, target=target, sdk=sdk, pipeline=pipeline, ranges=ranges, observer=observer).report
     except CaptureError as error:
-        report = error.report or Report()
+        refused, report = error, error.report or Report()
         chosen = get_target(target, sdk)
         report.target, report.sdk = chosen.name, chosen.sdk
-        if not report.findings:
-            report.add([], [Finding("NX409", Severity.ERROR, str(error))])
-        return report
+        if not report.errors:
+            report.add([], [Finding("NX409", Severity.ERROR, " ".join(str(error).split()))])
+    started = time.perf_counter()
+    settle(report, observe(model, args, kwargs or {}, ranges or {}), captured=refused is None)
+    report.timings["observe"] = time.perf_counter() - started
+    return report, refused
 
 
 def _pipeline(pipeline: Pipeline | str | None, target: Target) -> Pipeline:

@@ -450,10 +450,10 @@ class PreparedModule(torch.nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> PreparedModule:
         before = {id(t): t for t in (*self.parameters(), *self.buffers())}
-        dtypes = [t.dtype for t in before.values()]
+        dtypes = self._dtypes()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with self._lock:
-            if dtypes != [t.dtype for t in {id(t): t for t in (*self.parameters(), *self.buffers())}.values()]:
+            if dtypes != self._dtypes():
                 self._captures.clear()  # the graphs were made for other dtypes
                 return self
             for signature, found in list(self._captures.items()):
@@ -466,6 +466,11 @@ class PreparedModule(torch.nn.Module):
                     moved = Signature(signature.structure, tensors, signature.training, signature.grad, signature.autocast)
                     self._captures[moved] = found
         return self
+
+    def _dtypes(self) -> list[torch.dtype]:
+        """Of every entry of every registry: a move may make two tensors of one that is registered twice (torch-xla does)."""
+        registries = [registry for module in self.modules() for registry in (module._parameters, module._buffers)]
+        return [t.dtype for registry in registries for t in registry.values() if t is not None]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedModule:
         """A prepared copy of the model; it captures anew on its first call."""

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
+from nxfx.analysis import value_ops
+from nxfx.analysis.value_ops import name_of
 from nxfx.graph import meta, walk
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report import advice
 from nxfx.report.advice import Advice
 from nxfx.report.findings import Finding, Severity
-
-aten = torch.ops.aten
-_Tag = torch.Tag
 
 
 class FlagValueDependence(Pass):
@@ -71,15 +68,6 @@ class _Site:
 
 # --- what is looked for ----------------------------------------------------------------------------------------------
 
-# A random op's mode and probability arguments: it draws nothing when they say so.
-_IS_TRAINING = ("train", "training")
-_PROBABILITY = ("dropout_p", "dropout", "p")
-_ASSERTIONS = ("_assert_async", "_functional_assert_async")
-# torch-xla 2.9 counts these as fallbacks: the value goes to the host, and a legacy trace keeps what comes back.
-_HOST_ONLY = frozenset({"bucketize", "searchsorted", "nonzero_static", "histc"})
-# No tag, or not in every version; `index` and `index_put` only with a mask.
-_SIZED_BY_DATA = frozenset({"where.default", "nonzero_numpy.default", "repeat_interleave.self_Tensor"})
-_INDEXED = frozenset({"index", "_unsafe_index", "index_put", "_unsafe_index_put"})
 # A symbolic bound makes these return a fresh symbol: the bound's producer is reported, not the consumer.
 _BOUNDED = frozenset(
     {"slice", "slice_copy", "slice_scatter", "narrow", "narrow_copy", "select", "select_copy", "select_scatter"}
@@ -89,76 +77,18 @@ _BOUNDED = frozenset(
 def _sites(graph: fx.Graph) -> Iterator[_Site]:
     for node in graph.nodes:
         if node.op == "call_function":
-            kind = _kind(node.target)
-            if kind and (kind not in _CHECKS or _CHECKS[kind](node)):
+            kind = value_ops.kind_of(node.target)
+            if kind and _is_site(node, kind):
                 yield _Site(node, kind.partition("?")[0])
-            elif not kind and "unbacked_bindings" in node.meta and _name(node.target) not in _BOUNDED:
+            elif not kind and "unbacked_bindings" in node.meta and name_of(node.target) not in _BOUNDED:
                 yield _Site(node, "size")
 
 
-@functools.lru_cache(maxsize=4096)
-def _kind(target: Any) -> str:
-    """What ``target`` is looked for as; with ``?`` when the node must be asked as well."""
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return "" if target.name() in walk.KNOWN_HIGHER_ORDER_OPS else "body?"
-    if not isinstance(target, torch._ops.OpOverload):
-        return ""
-    name, tags = _name(target), target.tags
-    if _Tag.data_dependent_output in tags or name in ("is_nonzero", "_local_scalar_dense"):
-        return "value"
-    if name in _INDEXED:
-        return "size?mask"
-    if name in _HOST_ONLY:
-        return "host"
-    if _Tag.dynamic_output_shape in tags or f"{name}.{target._overloadname}" in _SIZED_BY_DATA:
-        return "size?fixed"
-    if _Tag.nondeterministic_seeded in tags:
-        return "random?"
-    return "assert" if name in _ASSERTIONS else ""
-
-
-def _name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.partition("::")[2]
-    return str(getattr(target, "__name__", target))
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """The value of an argument of ``node`` by its schema name, defaults included; None where it has no such argument."""
-    for position, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        if argument.name == name:
-            default = argument.default_value if argument.has_default_value() else None
-            return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
-    return None
-
-
-def _has_mask(node: fx.Node) -> bool:
-    indices = node.args[1] if len(node.args) > 1 else ()
-    return any(meta.dtype_of(i) in (torch.bool, torch.uint8) for i in indices)  # type: ignore[union-attr]
-
-
-def _is_sized_by_data(node: fx.Node) -> bool:
-    """Whether the output's size was left open."""
-    name = _name(node.target)
-    if name == "one_hot":
-        return _argument(node, "num_classes") in (None, -1)
-    return node.target is not aten._ctc_loss.default
-
-
-def _draws(node: fx.Node) -> bool:
-    """Whether a random op draws anything with these arguments."""
-    if any(_argument(node, name) is False for name in _IS_TRAINING):
-        return False
-    names = [n for n in _PROBABILITY if n != "p" or "dropout" in _name(node.target)]
-    return not any(_argument(node, name) == 0 for name in names)
-
-
-def _has_body(node: fx.Node) -> bool:
-    module = node.graph.owning_module
-    return module is not None and any(walk.bodies(module, node))
-
-
-_CHECKS = {"size?mask": _has_mask, "size?fixed": _is_sized_by_data, "random?": _draws, "body?": _has_body}
+def _is_site(node: fx.Node, kind: str) -> bool:
+    if kind == "body?":
+        module = node.graph.owning_module
+        return module is not None and any(walk.bodies(module, node))
+    return value_ops.depends(kind, node.target, node.args, node.kwargs, meta.dtype_of)
 
 
 # --- what a number that came out of a tensor is used for -------------------------------------------------------------
@@ -188,7 +118,7 @@ def _role(number: fx.Node, user: fx.Node) -> set[str]:
         return {"result"}
     if not isinstance(user.target, torch._ops.OpOverload):
         return {"operand"}
-    name = _name(user.target)
+    name = name_of(user.target)
     if "_assert_scalar" in name or name.startswith("sym_constrain_range"):
         return {"assertion"}
     if name in _BOUNDED:
@@ -222,17 +152,11 @@ _USES = {
     "result": ("as a result", advice.RETURNED),
     "assertion": ("in an assertion", advice.SYNTAX["assert"]),
 }
-_HOST_FIXES = {
-    "bucketize": "count the boundaries below: (boundaries < x[..., None]).sum(-1), with <= for right=True",
-    "searchsorted": "count the boundaries below: (boundaries < x[..., None]).sum(-1), with <= for right=True",
-    "nonzero_static": advice.CALLS["nonzero"].fix,
-    "histc": "for integers from 0 to N - 1: (x[:, None] == torch.arange(N)).sum(0)",
-}
 _DROPOUTS = ("dropout", "scaled_dot_product", "attention", "lstm", "gru", "rnn", "rrelu")
 
 
 def _finding(site: _Site, uses: frozenset[str]) -> Finding:
-    node, name = site.node, _name(site.node.target)
+    node, name = site.node, name_of(site.node.target)
     if site.kind == "value":
         return _value(node, name, uses)
     if site.kind == "size":
@@ -243,7 +167,7 @@ def _finding(site: _Site, uses: frozenset[str]) -> Finding:
         return _report(node, "an assertion reads a tensor's value", advice.SYNTAX["assert"], Severity.WARNING)
     if site.kind == "host":
         return _report(
-            node, f"{name} runs on the host", Advice("NX411", advice.HOST, _HOST_FIXES[name]), Severity.WARNING
+            node, f"{name} runs on the host", Advice("NX411", advice.HOST, advice.HOST_FIXES[name]), Severity.WARNING
         )
     what = f"the body of the higher-order op {name} is not rewritten: what is in it reaches the compiler as it is"
     fix = "write it with tensor operations, or with torch.cond, while_loop, scan or map, whose bodies are rewritten"
@@ -270,7 +194,7 @@ def _value(node: fx.Node, name: str, uses: frozenset[str]) -> Finding:
 
 
 def _size(node: fx.Node, name: str) -> Finding:
-    if name == "repeat_interleave" and _argument(node, "output_size") is not None:
+    if name == "repeat_interleave" and value_ops.argument(node.target, node.args, node.kwargs, "output_size") is not None:
         why = Advice("NX411", advice.HOST, advice.CALLS[name].fix)
         return _report(node, "repeat_interleave with tensor repeats runs on the host", why, Severity.WARNING)
     what, why = _SIZES.get(name, (f"{name} gives", advice.CALLS.get(name, advice.DATA_SIZE)))

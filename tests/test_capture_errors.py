@@ -822,7 +822,7 @@ def test_the_construct_is_read_from_the_syntax(tmp_path: Any, code: str, kind: s
     while trace is not None and trace.tb_next is not None and trace.tb_next.tb_frame.f_code.co_filename == str(file):
         trace = trace.tb_next
     assert trace is not None
-    place = syntax.Place(str(file), trace.tb_lineno, "run", syntax._opcode(trace), syntax._columns(trace))
+    place = syntax.Place(str(file), trace.tb_lineno, "run", *syntax.instruction(trace.tb_frame.f_code, trace.tb_lasti))
     found = syntax.construct_at(place)
     assert (found.kind, found.name) == (kind, name)
 

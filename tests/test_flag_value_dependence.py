@@ -439,16 +439,16 @@ def test_cond_passes_through_and_its_bodies_are_looked_at() -> None:
 def test_a_higher_order_op_nxfx_does_not_know_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trap 29: a body that is not rewritten is never passed over silently."""
     captured = graph_of(lambda x: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)), (X,))
-    import nxfx.passes.flag_value_dependence as module
+    from nxfx.analysis import value_ops
 
     monkeypatch.setattr(walk, "KNOWN_HIGHER_ORDER_OPS", frozenset())
-    module._kind.cache_clear()
+    value_ops.kind_of.cache_clear()
     try:
         (finding,) = PASS.run(captured.gm, captured.context).findings
         assert PASS.wanted(captured.gm.graph)
     finally:
         monkeypatch.undo()
-        module._kind.cache_clear()
+        value_ops.kind_of.cache_clear()
     assert (finding.code, finding.severity) == ("NX410", Severity.WARNING)
     assert "cond" in finding.message
 

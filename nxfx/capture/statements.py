@@ -46,7 +46,7 @@ def _is_what_is_asked(node: ast.expr, frame: FrameType) -> bool:
     """Whether the truth of ``node`` itself is asked, not that of something inside it (``max(a, b) > 3``)."""
     if isinstance(node, ast.Compare) and any(isinstance(op, ast.NotIn) for op in node.ops):
         return False
-    if not dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("CALL"):
+    if "CALL" not in dis.opname[frame.f_code.co_code[frame.f_lasti]]:  # Python 3.11 stays at PRECALL once it is warm
         return True
     name = node.func if isinstance(node, ast.Call) else None
     return (name.attr if isinstance(name, ast.Attribute) else getattr(name, "id", "")) in _TRUTHS

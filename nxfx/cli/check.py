@@ -8,7 +8,7 @@ from nxfx import api
 from nxfx.cli import console, specs
 from nxfx.errors import CaptureError
 from nxfx.pipeline import Pipeline
-from nxfx.report import Finding, Report, Severity
+from nxfx.report import Report
 from nxfx.targets import get_target
 
 
@@ -35,20 +35,13 @@ def run(spec: str, pipeline: str | None, target: str, sdk: str | None, ranges: d
         if loaded.prepared is not None:
             return Result(loaded.prepared.report)
         progress("capturing")
-        try:
-            prepared = api.prepare(
-                loaded.model,
-                loaded.args,
-                loaded.kwargs,
-                target=chosen,
-                pipeline=steps,
-                ranges=ranges or None,
-                observer=lambda step, graph_module, run: progress(f"after {step.name}"),
-            )
-        except CaptureError as error:
-            report = error.report or Report()
-            report.target, report.sdk = chosen.name, chosen.sdk
-            if not report.errors:
-                report.add([], [Finding("NX409", Severity.ERROR, console.one_line(str(error)))])
-            return Result(report, error)
-        return Result(prepared.report)
+        report, error = api.examine(
+            loaded.model,
+            loaded.args,
+            loaded.kwargs,
+            target=chosen,
+            pipeline=steps,
+            ranges=ranges or None,
+            observer=lambda step, graph_module, run: progress(f"after {step.name}"),
+        )
+        return Result(report, error)

@@ -4,5 +4,6 @@ from nxfx.report.findings import CODES, Finding, Severity
 from nxfx.report.locations import Location, locate
 from nxfx.report.report import Report
 from nxfx.report.rewrites import Kind, Rewrite
+from nxfx.report.sites import ValueSite
 
-__all__ = ["CODES", "Finding", "Kind", "Location", "Report", "Rewrite", "Severity", "locate"]
+__all__ = ["CODES", "Finding", "Kind", "Location", "Report", "Rewrite", "Severity", "ValueSite", "locate"]

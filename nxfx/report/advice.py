@@ -22,6 +22,11 @@ HOST = "torch-xla 2.9 has no lowering for it: a legacy trace computes it on the 
 STATE = "Capture runs forward once: what it does to Python objects is baked in, and wrong from the second call on."
 
 
+BECOMES = {
+    "NX401": BRANCH, "NX402": VALUE, "NX403": SIZE, "NX404": BOUND, "NX405": RANDOM, "NX406": STATE, "NX407": CHECK, "NX411": HOST,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Advice:
     """How to report one construct.
@@ -137,3 +142,15 @@ MULTINOMIAL = Advice(
 )
 DROPOUT = Advice("NX405", RANDOM, "for inference call model.eval() before preparing the model; for training leave it")
 DRAW = Advice("NX405", RANDOM, "to compare with a CPU, draw the noise outside and pass it in as an input")
+LITERAL = Advice("NX402", VALUE, "join them as tensors: torch.stack([a, b])")
+COPY = "A legacy trace stops, runs what it has and goes on from the copy; on the device it is a wait for the host."
+HOST_COPY = Advice("NX402", COPY, "leave the tensor where it is, and call .cpu() on the model's results")
+PYTHON_STATE = Advice("NX406", STATE, "register it as a buffer and update it in place with tensor operations; or pass it in and return it")
+HOST_RANDOM = Advice("NX406", STATE, "draw with a torch random op, or outside the model and pass the numbers in")
+# Operators that torch-xla runs on the host.
+HOST_FIXES: dict[str, str] = {
+    "bucketize": "count the boundaries below: (boundaries < x[..., None]).sum(-1), with <= for right=True",
+    "searchsorted": "count the boundaries below: (boundaries < x[..., None]).sum(-1), with <= for right=True",
+    "nonzero_static": CALLS["nonzero"].fix,
+    "histc": "for integers from 0 to N - 1: (x[:, None] == torch.arange(N)).sum(0)",
+}

@@ -11,6 +11,7 @@ from nxfx.report import findings as _findings
 from nxfx.report import rewrites as _rewrites
 from nxfx.report.findings import Finding, Severity
 from nxfx.report.rewrites import Rewrite
+from nxfx.report.sites import ValueSite
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Report:
         nodes: graph size ``before`` and ``after``.
         wide_edges: 64-bit edges ``before``, ``after`` and ``forced`` (schema-forced producers followed at once by their cast).
         captured_by: ``"non-strict"``, ``"strict"`` or ``"dynamo"``.
+        sites: where values reach Python, a shape or the host in an eager run of the model; ``check`` fills it.
     """
 
     target: str = ""
@@ -44,6 +46,7 @@ class Report:
     wide_edges: dict[str, int] = field(default_factory=dict)
     captured_by: str = ""
     sdk: str = ""
+    sites: list[ValueSite] = field(default_factory=list)
 
     def add(self, rewrites: list[Rewrite], findings: list[Finding]) -> None:
         """Append and merge."""
@@ -96,5 +99,6 @@ class Report:
         fields["premises"] = [
             Premise(p["source"], p["fact"], tuple(p["detail"]) if p["detail"] is not None else None) for p in data["premises"]
         ]
+        fields["sites"] = [ValueSite.from_dict(s) for s in data.get("sites", [])]
         fields["requirements"] = {k: tuple(v) for k, v in data["requirements"].items()}
         return cls(**fields)

@@ -16,7 +16,7 @@ import re
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import TracebackType
+from types import CodeType, FrameType, TracebackType
 
 from nxfx.report.locations import Location, frame_rank
 
@@ -163,23 +163,29 @@ def _from_traceback(trace: TracebackType | None, inside: bool) -> tuple[list[Pla
         inside |= not rank
         last = bool(rank) and inside
         if last:
-            places.append(Place(code.co_filename, trace.tb_lineno, code.co_name, _opcode(trace), _columns(trace)))
+            places.append(Place(code.co_filename, trace.tb_lineno, code.co_name, *instruction(code, trace.tb_lasti)))
         trace = trace.tb_next
     return places, last
 
 
-def _opcode(trace: TracebackType) -> str:
-    code, at = trace.tb_frame.f_code.co_code, trace.tb_lasti
-    while at > 0 and dis.opname[code[at]] == "CACHE":  # a call into a Python function points behind its own cache
+def place_of(frame: FrameType) -> Place:
+    """A frame that is running."""
+    return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, *instruction(frame.f_code, frame.f_lasti))
+
+
+def instruction(code: CodeType, at: int) -> tuple[str, tuple[int, int, int, int] | None]:
+    """Opcode and columns of the instruction at offset ``at``, as :class:`Place` has them."""
+    columns = _columns(code, at)
+    while at > 0 and dis.opname[code.co_code[at]] == "CACHE":  # a call into a Python function points behind its own cache
         at -= 2
-    return dis.opname[code[at]] if 0 <= at < len(code) else ""
+    return dis.opname[code.co_code[at]] if 0 <= at < len(code.co_code) else "", columns
 
 
-def _columns(trace: TracebackType) -> tuple[int, int, int, int] | None:
-    positions = getattr(trace.tb_frame.f_code, "co_positions", None)
-    if positions is None or trace.tb_lasti < 0:
+def _columns(code: CodeType, at: int) -> tuple[int, int, int, int] | None:
+    positions = getattr(code, "co_positions", None)
+    if positions is None or at < 0:
         return None
-    found = next(itertools.islice(positions(), trace.tb_lasti // 2, None), None)
+    found = next(itertools.islice(positions(), at // 2, None), None)
     return None if found is None or None in found else found
 
 

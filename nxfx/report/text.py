@@ -55,6 +55,10 @@ def render(report: Report) -> str:
         lines.append(f"        at {f.location}" + (f": {f.location.source}" if f.location.source else ""))
         if f.fix:
             lines.append(f"        fix: {f.fix}")
+    if report.sites:
+        lines.append("\nWhere values decide (an eager run on the example)")
+    for site in report.sites:
+        lines += site.lines()
     if report.requirements:
         lines.append("\nEnforced at the boundary")
         lines += [f"  {name} in [{low}, {high}]" for name, (low, high) in report.requirements.items()]
