@@ -124,6 +124,12 @@ class Program:
         with contextlib.suppress(LookupError, RuntimeError, ArithmeticError, ValueError, TypeError):
             self.rng.choice(_GROWERS)(self)
 
+    def divisor(self) -> int:
+        """A number, but not -1 where torch kills the process on the lowest integer divided by it (2.9, all ways to divide)."""
+        number = self.number()
+        old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+        return -2 if number == -1 and old else number
+
     def number(self) -> int:
         return self.rng.choice(NUMBERS[:16]) if self.rng.random() < 0.75 else self.rng.choice(NUMBERS)
 
@@ -187,14 +193,14 @@ def _with_alpha(p: Program) -> None:
 
 @_grows(3)
 def _divides(p: Program) -> None:
-    op, number = p.rng.choice([aten.remainder.Scalar, aten.fmod.Scalar, aten.floor_divide.default]), p.number()
+    op, number = p.rng.choice([aten.remainder.Scalar, aten.fmod.Scalar, aten.floor_divide.default]), p.divisor()
     if number:
         p._emit(op, p._pick(torch.int64), number)
 
 
 @_grows()
 def _divides_mode(p: Program) -> None:
-    number = p.number()
+    number = p.divisor()
     modes = ["floor", "trunc"] if number != -1 else ["floor"]  # torch kills the process on -2**63 / -1 truncated
     if number:
         p._emit(aten.div.Tensor_mode, p.integer(), number, rounding_mode=p.rng.choice(modes))
