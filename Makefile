@@ -20,8 +20,8 @@ help: ## show this list
 demo: $(VENV)/dev.stamp ## the four problems, before and after nxfx
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/dev.stamp ## run the tests (JOBS=2 processes, ARGS="-k narrow")
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+test: $(VENV)/dev.stamp ## run the tests (JOBS=2 processes, ARGS="-k narrow"; ARGS="-m slow": the slow ones, which this leaves out)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
 
 test-xla: ## run the passes, capture and hand-off tests on torch 2.9 with torch-xla (7 GB; skipped when the disk has less)
 	JOBS=$(JOBS) .ci/test-xla $(PYTHON) $(ARGS)
