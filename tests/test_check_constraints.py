@@ -188,7 +188,7 @@ def test_every_rule_has_a_case() -> None:
     constraints = [c for room in (values, operators, integers, pooling) for c in vars(room).values() if isinstance(c, Constraint)]
     errors = {e for c in constraints for e in c.error.replace("in older compilers ", "").split(", ")}
     assert errors - {"NCC_EMOD025", "NCC_EVRF031"} == {case.error for case in CASES.values()}
-    assert {c.code for c in constraints} == {code for code in CODES if code.startswith("NX5")}
+    assert {c.code for c in constraints} == {code for code in CODES if code.startswith("NX5")} - {"NX550"}
 
 
 # --- what nxfx's own capture does not let through --------------------------------------------------------------------
