@@ -556,7 +556,7 @@ def test_a_chain_of_numbers_is_told_once_per_read() -> None:
 
 
 def test_the_pass_stands_in_the_default_pipeline_and_last_sees_the_graph() -> None:
-    assert Pipeline.default().names[-1] == "flag-value-dependence"
+    assert Pipeline.default().names[-2:] == ["flag-value-dependence", "check-constraints"]
 
 
 # --- the pages of the codes ------------------------------------------------------------------------------------------

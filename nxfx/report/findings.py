@@ -26,7 +26,7 @@ CODES: dict[str, str] = {
     "NX102": "a table was rounded to low precision before capture",
     "NX103": "an integer-derived fp32 value is rounded before a sensitive use",
     # NX2xx slice assignments
-    "NX201": "a slice assignment could not be turned into a mask",
+    "NX201": "a slice assignment that is kept, or that eager refuses",
     "NX202": "a write through integer indices is kept",
     "NX203": "a dynamic-size read cannot be masked",
     "NX204": "a zero fill multiplies a base that is not proved finite and non-negative",
