@@ -68,6 +68,9 @@ def drop_checks(part: fx.Node, limit: Any) -> None:
         graph.erase_node(check)
     for size in [user for user in part.users if user.target is aten.sym_size.int]:
         for comparison in list(size.users):
+            if comparison.target is aten.sym_constrain_range_for_size.default and len(comparison.args) == 1 and not comparison.kwargs:
+                graph.erase_node(comparison)  # torch 2.9 says so of each size that depends on data
+                continue
             op, bound = comparison.target, comparison.args[1] if len(comparison.args) > 1 else None
             certain = is_static(bound, limit) and (op is operator.ge and bound <= 0 or op is operator.le and bound >= limit)  # type: ignore[operator]
             if certain and all(user.target is aten._assert_scalar.default for user in comparison.users):
