@@ -25,7 +25,7 @@ from nxfx.capture.structure import Flat, at, flatten, unflatten, update
 from nxfx.capture.unlift import STATE
 from nxfx.errors import CaptureError, PrepareError
 from nxfx.graph import meta
-from nxfx.graph.attributes import CONSTANTS, own_buffer
+from nxfx.graph.attributes import CONSTANTS, own_buffer, share_registries
 from nxfx.layouts import InputLayouts, overlap
 from nxfx.premises import check_premises, stamp_of
 from nxfx.report import Report
@@ -325,9 +325,8 @@ class PreparedModule(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module, capturer: Capturer, *, training: bool = False) -> None:
         super().__init__()
+        share_registries(self, model)
         own = self.__dict__
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            own[registry] = model.__dict__[registry]
         own["training"] = model.training
         own["_model"] = model
         own["_capturer"] = capturer

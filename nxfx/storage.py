@@ -25,7 +25,7 @@ from nxfx.capture.shell import Assigned, Convention
 from nxfx.capture.structure import Container, Leaf, Same, Static
 from nxfx.capture.unlift import constants_to_attributes, mirror
 from nxfx.errors import PrepareError, UsageError
-from nxfx.graph.attributes import own_buffer
+from nxfx.graph.attributes import own_buffer, share_registries
 from nxfx.prepared import CapturedCall, PreparedModule, Signature
 from nxfx.report import Report
 
@@ -103,8 +103,7 @@ class _Flat(torch.nn.Module):
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         super().__init__()
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[registry] = graph_module.__dict__[registry]
+        share_registries(self, graph_module)
         self.__dict__["_graph_module"] = graph_module
         self.training = graph_module.training
 
@@ -194,8 +193,7 @@ def _share(graph_module: fx.GraphModule, skeleton: Skeleton, attributes: dict[st
     for name, (value, _) in attributes.items():
         if name.startswith("_constants.") or name in boundary.narrowed_buffers:
             own_buffer(root, name, value)
-    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        graph_module.__dict__[registry] = root.__dict__[registry]
+    share_registries(graph_module, root)
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ def run(name: str, monkeypatch: pytest.MonkeyPatch) -> int:
     path, modules, threads = list(sys.path), set(sys.modules), torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", [name])
     torch.set_num_threads(1)
+    sys.path.insert(0, str(SCRIPTS))  # as Python does for a script
     try:
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(SCRIPTS / name), run_name="__main__")

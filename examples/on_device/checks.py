@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import nxfx
 from nxfx.verification.equivalence import compare
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the models of examples/
+
+from kv_cache import CachedAttention  # noqa: E402
 
 # Neuron computes fp32 matmuls in fp32 with --auto-cast=none, in another order than a CPU.
 CLOSE = {"kind": "close", "max_abs": 1e-3, "signed_zeros": False}
@@ -38,8 +43,19 @@ def refuses(name: str, call: Callable[[], Any], error: type[Exception]) -> None:
         report(name, False, f"no {error.__name__}")
 
 
+def target(default: str) -> str:
+    """The generation named on the command line."""
+    return sys.argv[1] if len(sys.argv) > 1 else default
+
+
+def decoder() -> CachedAttention:
+    """Attention with a KV cache, always the same weights."""
+    torch.manual_seed(0)
+    return CachedAttention().eval()
+
+
 def steps(count: int = 10) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens and positions for ``kv_cache.CachedAttention``."""
+    """Tokens and positions for :func:`decoder`."""
     torch.manual_seed(1)
     for position in range(count):
         yield torch.randn(2, 1, 32), torch.tensor(position)

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from checks import check, decoder, run, steps, target
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from nxfx.environment import neuronx_distributed
+from nxfx.handoff.modelbuilder import model_instance
 
-import torch  # noqa: E402
-from checks import check, run, steps  # noqa: E402
-from kv_cache import CachedAttention  # noqa: E402
-
-from nxfx.environment import neuronx_distributed  # noqa: E402
-from nxfx.handoff.modelbuilder import model_instance  # noqa: E402
-
-TARGET = sys.argv[1] if len(sys.argv) > 1 else "trn1"
-
-
-def make() -> CachedAttention:
-    torch.manual_seed(0)
-    return CachedAttention().eval()
+TARGET = target("trn1")
 
 
 def main() -> None:
     builder_class = neuronx_distributed("trace.model_builder").ModelBuilder
-    instance = model_instance(make, next(steps(1)), target=TARGET, ranges={"position": (0, 63)})
-    builder = builder_class(router=None, tp_degree=1, checkpoint_loader=lambda: make().state_dict())
+    instance = model_instance(decoder, next(steps(1)), target=TARGET, ranges={"position": (0, 63)})
+    builder = builder_class(router=None, tp_degree=1, checkpoint_loader=lambda: decoder().state_dict())
     builder.add("decode", instance, instance.example_inputs, compiler_args=instance.compiler_args)
-    serve, eager = instance.bind(builder.trace()), make()
+    serve, eager = instance.bind(builder.trace()), decoder()
     for token, position in steps():
         check(f"cache at position {int(position)}", eager(token, position), serve(token, position))
 

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from checks import check, decoder, run, steps, target
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from nxfx.environment import neuronx_distributed
+from nxfx.handoff.modelbuilder import builder_module
 
-import torch  # noqa: E402
-from checks import check, run, steps  # noqa: E402
-from kv_cache import CachedAttention  # noqa: E402
-
-from nxfx.environment import neuronx_distributed  # noqa: E402
-from nxfx.handoff.modelbuilder import builder_module  # noqa: E402
-
-TARGET = sys.argv[1] if len(sys.argv) > 1 else "trn1"
-
-
-def make() -> CachedAttention:
-    torch.manual_seed(0)
-    return CachedAttention().eval()
+TARGET = target("trn1")
 
 
 def main() -> None:
     builder_class = neuronx_distributed().ModelBuilder
-    module = builder_module(make(), next(steps(1)), target=TARGET, ranges={"position": (0, 63)})
+    module = builder_module(decoder(), next(steps(1)), target=TARGET, ranges={"position": (0, 63)})
     builder = builder_class(module)
     for example in module.examples:
         builder.trace(kwargs=example)
     compiled = builder.compile(compiler_args=module.compiler_args)
-    compiled.set_weights([make().state_dict()])
+    compiled.set_weights([decoder().state_dict()])
     compiled.to_neuron()
-    serve, eager = module.bind(compiled), make()
+    serve, eager = module.bind(compiled), decoder()
     for token, position in steps():
         check(f"cache at position {int(position)}", eager(token, position), serve(token, position))
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import torch
+from checks import check, run, target
+from llama_bf16 import rotary
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+import nxfx
+from nxfx.environment import neuronx_distributed
+from nxfx.handoff.submodule import prepare_on_load
 
-import torch  # noqa: E402
-from checks import check, run  # noqa: E402
-from llama_bf16 import rotary  # noqa: E402
-
-import nxfx  # noqa: E402
-from nxfx.environment import neuronx_distributed  # noqa: E402
-from nxfx.handoff.submodule import prepare_on_load  # noqa: E402
-
-TARGET = sys.argv[1] if len(sys.argv) > 1 else "trn1"
+TARGET = target("trn1")
 
 
 class Decoder(torch.nn.Module):

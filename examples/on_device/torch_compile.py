@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import torch
+from checks import check, decoder, run, steps, target
+from mllama_mask import small
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+import nxfx
+from nxfx.environment import native_backend
 
-import torch  # noqa: E402
-from checks import check, run, steps  # noqa: E402
-from kv_cache import CachedAttention  # noqa: E402
-from mllama_mask import small  # noqa: E402
-
-import nxfx  # noqa: E402
-from nxfx.environment import native_backend  # noqa: E402
-
-TARGET = sys.argv[1] if len(sys.argv) > 1 else "trn2"
-
-
-def make() -> CachedAttention:
-    torch.manual_seed(0)
-    return CachedAttention().eval()
+TARGET = target("trn2")
 
 
 def main() -> None:
     native_backend(TARGET)
-    eager, compiled = make(), nxfx.compile(make().to("neuron"), inner="neuron", target=TARGET, ranges={"position": (0, 63)})
+    eager, compiled = decoder(), nxfx.compile(decoder().to("neuron"), inner="neuron", target=TARGET, ranges={"position": (0, 63)})
     for token, position in steps():
         check(f"cache at position {int(position)}", eager(token, position), compiled(token.to("neuron"), position.to("neuron")).cpu())
 

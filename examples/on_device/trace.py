@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import torch
+from checks import check, decoder, refuses, report, run, steps, target
+from llama_bf16 import rotary
+from mllama_mask import small
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+import nxfx
 
-import torch  # noqa: E402
-from checks import check, refuses, report, run, steps  # noqa: E402
-from kv_cache import CachedAttention  # noqa: E402
-from llama_bf16 import rotary  # noqa: E402
-from mllama_mask import small  # noqa: E402
-
-import nxfx  # noqa: E402
-
-TARGET = sys.argv[1] if len(sys.argv) > 1 else "trn1"
+TARGET = target("trn1")
 
 
 def main() -> None:
@@ -28,10 +22,7 @@ def main() -> None:
     expected, traced = nxfx.prepare(naive, args, kwargs), nxfx.trace(naive, args, kwargs, target=TARGET)
     check("rotary at position 5000", expected(*args, **kwargs), traced(*args, **kwargs))
 
-    torch.manual_seed(0)
-    eager = CachedAttention().eval()
-    torch.manual_seed(0)
-    traced = nxfx.trace(CachedAttention().eval(), next(steps(1)), target=TARGET, ranges={"position": (0, 63)})
+    eager, traced = decoder(), nxfx.trace(decoder(), next(steps(1)), target=TARGET, ranges={"position": (0, 63)})
     for token, position in steps():
         check(f"cache at position {int(position)}", eager(token, position), traced(token, position))
     refuses("a position outside its range", lambda: traced(torch.randn(2, 1, 32), torch.tensor(64)), nxfx.RangeError)

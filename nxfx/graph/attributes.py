@@ -8,6 +8,12 @@ import torch
 CONSTANTS = "_constants"
 
 
+def share_registries(module: torch.nn.Module, owner: torch.nn.Module) -> None:
+    """Let ``module`` hold the very parameters, buffers and submodules of ``owner``: a weight that is replaced in one is in both."""
+    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        module.__dict__[registry] = owner.__dict__[registry]
+
+
 def own_buffer(root: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     """Give ``root`` a buffer under the dotted ``name`` that the model's registries do not share."""
     *path, leaf = name.split(".")

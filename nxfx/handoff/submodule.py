@@ -12,6 +12,7 @@ from nxfx import device as devices
 from nxfx.capture.shell import bind
 from nxfx.capture.structure import flatten
 from nxfx.errors import PrepareError, UsageError
+from nxfx.graph.attributes import share_registries
 from nxfx.handoff.legalise import legalise
 from nxfx.handoff.lowered import admitted
 from nxfx.handoff.neuron import examples_of, prepared_call
@@ -93,9 +94,8 @@ class PreparedSubmodule(torch.nn.Module):
 
     def __init__(self, original: torch.nn.Module, calls: list[CapturedCall], examples: list[Arguments]) -> None:
         super().__init__()
+        share_registries(self, original)
         own = self.__dict__
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            own[registry] = original.__dict__[registry]
         own["training"] = original.training
         own["_original"] = original
         own["_dtypes"] = [t.dtype for t in (*original.parameters(), *original.buffers())]

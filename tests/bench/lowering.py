@@ -40,8 +40,8 @@ from nxfx.handoff import stablehlo, xla
 from nxfx.handoff.lowered import WATCHED, WIDE, Lowered
 from nxfx.verification.equivalence import compare
 from tests import corpus
+from tests.bench.models import ROOT, build
 
-ROOT = Path(__file__).parents[2]
 SECONDS = 900
 
 # Architectures of tests/corpus.py (":cached": one decode step on a filled cache), and the examples' masks and caches.
@@ -51,21 +51,6 @@ CASES = (
     "whisper_static:cached", "wav2vec2", "mamba", "qwen3_5_text", "qwen3_5_text:cached", "mixtral", "patchtst",
     "examples/mllama_mask.py", "examples/swin_mask.py", "examples/kv_cache.py",
 )  # fmt: skip
-_EXAMPLES = {"mllama_mask": "small", "swin_mask": "window", "kv_cache": "step"}
-
-
-def build(case: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """The model and the example of a case, always the same."""
-    torch.manual_seed(0)
-    if case.startswith("examples/"):
-        from nxfx.cli import specs
-
-        loaded = specs.load(f"{ROOT / case}:{_EXAMPLES[Path(case).stem]}")
-        return loaded.model, loaded.args, loaded.kwargs
-    name, _, cached = case.partition(":")
-    entry = corpus.BY_NAME[name]
-    model, kwargs = entry.build_cached() if cached else entry.build()
-    return model, (), kwargs
 
 
 def figures(lower: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""What a write costs as a mask: each program's graph as captured against the cleaned one, under the same compiler.
+"""What a write costs as a mask: the graph as captured against the cleaned one, under the same compiler.
 
-    python tests/bench/writes.py                    Inductor: run time, peak memory
+    python tests/bench/writes.py                    Inductor: run time, peak memory, of one write each
+    python tests/bench/writes.py --what models      the same of whole models, with masks and caches (15 minutes)
     python tests/bench/writes.py --on xla           XLA on the CPU (PJRT_DEVICE=CPU, torch 2.9 with torch_xla): run time
 
 The two graphs take turns, the fastest of many runs counts, the ratio is what matters. `--check` makes a geometric mean
@@ -30,8 +31,16 @@ from torch import Tensor, nn
 
 import nxfx
 from nxfx.pipeline import Pipeline
+from tests import corpus
+from tests.bench import models
 
 Case = tuple[nn.Module, tuple[Tensor, ...]]
+
+# Models that write into masks, caches or states, and some that write nothing; names as in tests/bench/lowering.py.
+MODELS = (
+    "llama_static:cached", "gemma2_static:cached", "t5_static:cached", "whisper_static:cached", "gpt2:cached", "mllama", "swin",
+    "qwen3_5_text", "mamba", "mixtral", "bert", "deberta_v2",
+)  # fmt: skip
 
 
 class Program(nn.Module):
@@ -204,14 +213,14 @@ CASES = (
 )  # fmt: skip
 
 
-def graphs(case: Callable[[], Case]) -> tuple[nxfx.PreparedModule, nxfx.PreparedModule]:
-    """The captured and the cleaned graph."""
+def graphs(case: Callable[[], Case] | str) -> tuple[nxfx.PreparedModule, nxfx.PreparedModule]:
+    """The captured and the cleaned graph of a program, or of a model by its name."""
     torch.manual_seed(0)
-    model, args = case()
-    return (
-        nxfx.prepare(model, args, pipeline=Pipeline([]), share_state=False),
-        nxfx.prepare(model, args, share_state=False),
+    model, args, kwargs = models.build(case) if isinstance(case, str) else (*case(), {})
+    captured, cleaned = (
+        nxfx.prepare(model, *corpus.clone((args, kwargs)), pipeline=pipeline, share_state=False) for pipeline in (Pipeline([]), None)
     )
+    return captured, cleaned
 
 
 def on_inductor(prepared: nxfx.PreparedModule) -> Callable[[], Any]:
@@ -266,6 +275,7 @@ def peak(run: Callable[[], Any]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", choices=("programs", "models"), default="programs")
     parser.add_argument("--on", choices=("inductor", "xla"), default="inductor")
     parser.add_argument("--seconds", type=float, default=2.0, help="measuring time for each program")
     parser.add_argument("--only", help="part of a program's name")
@@ -275,8 +285,11 @@ def main() -> int:
     compiler = {"inductor": on_inductor, "xla": on_xla}[options.on]
     table = Table("program", "captured, us", "cleaned, us", "ratio", "peak, ratio", title=f"writes as masks, on {options.on}")
     ratios, peaks = [], []
-    cases = [case for case in CASES if not options.only or options.only in case.__name__]
-    for case in track(cases, "measuring", console=Console(stderr=True)):
+    offered: dict[str, Callable[[], Case] | str] = {case.__name__: case for case in CASES}
+    if options.what == "models":
+        offered = {name: name for name in MODELS}
+    cases = {name: case for name, case in offered.items() if not options.only or options.only in name}
+    for name, case in track(cases.items(), "measuring", console=Console(stderr=True)):
         prepared = graphs(case)
         with torch.no_grad():
             runs = [compiler(p) for p in prepared]
@@ -286,7 +299,7 @@ def main() -> int:
         if held:
             peaks.append(held[1] / max(held[0], 1))
         memory = f"{peaks[-1]:.2f}" if held else "-"
-        table.add_row(case.__name__, f"{before * 1e6:.0f}", f"{after * 1e6:.0f}", f"{ratios[-1]:.2f}", memory)
+        table.add_row(name, f"{before * 1e6:.0f}", f"{after * 1e6:.0f}", f"{ratios[-1]:.2f}", memory)
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
     table.add_section()
     table.add_row("geometric mean", "", "", f"{mean:.2f}", f"{max(peaks):.2f} at most" if peaks else "")
