@@ -80,6 +80,10 @@ WRONG_ALONE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "topk": (lambda x: (*x.topk(3), *x.topk(2, largest=False)), (X,)),
     "slice-to-int64-max": (lambda x: torch.slice_scatter(x, x[1:] * 2, 0, 1, 2**63 - 1), (X,)),
     "comparison-with-a-scalar": (lambda x: (x > 0.1, x <= 1, x.to(torch.int64) != 2), (X,)),
+    "integers-divided-and-rounded-down": (lambda x: (x // 4, x.div(-3, rounding_mode="floor")), (INTEGERS,)),
+    "eye": (lambda x: x + torch.eye(18, dtype=torch.int64), (INTEGERS,)),
+    "unfold": (lambda x: x.unfold(0, 4, 3), (INTEGERS,)),
+    "nearest": (lambda x: torch.nn.functional.interpolate(x[None, None], size=(7, 4)), (X,)),
     "pad-integers": (lambda x: torch.nn.functional.pad(x, (1, 2)), (INTEGERS,)),
     "int-min-and-max": (lambda x: (x.amax(), x.amin(), x.clamp(-2, 3), x.abs()), (INTEGERS,)),
 }
@@ -340,6 +344,19 @@ def test_xla_text_counts_and_arguments() -> None:
         lowered.write("a.mlirbc")
     alone = xla.lower(prepared_of(lambda x, i: x[i], X, AT), as_is=True)
     assert alone.types["i64"] > 0 and xla.lower(prepared_of(lambda x, i: x[i], X, AT)).types["i64"] == 0
+
+
+@pytest.mark.xla
+def test_xla_operations_name_the_users_line() -> None:
+    pytest.importorskip("torch_xla")
+    alone = xla.lower(prepared_of(lambda x, i: x[i], X, AT), as_is=True)
+    (here,) = {t.location.line for t in alone.traces}
+    assert {(t.what, t.op, t.location.source) for t in alone.traces if t.what == "gather"} == {
+        ("gather", "aten.index.Tensor", "alone = xla.lower(prepared_of(lambda x, i: x[i], X, AT), as_is=True)")
+    }
+    assert f'source_file="{__file__}" source_line={here}' in alone.text and "fx/interpreter.py" not in alone.text
+    asked = xla.lower(prepared_of(lambda x: x * 2**40, torch.tensor([5, 3]), pipeline=""))
+    assert {(t.op, t.demanded) for t in asked.traces if t.what == "i64"} == {("aten.mul.Tensor", True)}
 
 
 @pytest.mark.xla

@@ -1,7 +1,8 @@
 """Composites that torch-mlir's own decompositions say in a costly or unsupported way, said better.
 
-``var`` runs in float64 there, ``group_norm`` gathers by int64 indices, ``argmax`` counts in int64, ``topk`` is given a type that its
-readers refuse, a remainder has the sign of the dividend, pooling to one value writes strides. Each of these computes what
+``var`` runs in float64 there, and so does an integer division that rounds down; ``group_norm``, ``unfold`` and ``upsample_nearest``
+gather by int64 indices, ``argmax`` and ``eye`` count in int64, ``topk`` is given a type that its readers refuse, a remainder has the
+sign of the dividend, pooling to one value writes strides. Each of these computes what
 PyTorch documents for the op: integers exactly, floats up to the order of a sum.
 
 Private torch API used here: ``torch._decomp.get_decompositions``, tested on torch 2.9 and 2.13.
@@ -13,6 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
@@ -125,6 +127,59 @@ def _remainder(x: Tensor, y: Any) -> Any:
     return torch.where((rest != 0) & ((rest < 0) != (y < 0)), rest + y, rest)
 
 
+def _floor_divide(x: Tensor, y: Any) -> Any:
+    """Integers divided and rounded down without a detour through floats."""
+    x, y = _both(x, y)
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        return NotImplemented
+    quotient, rest = aten.div.Tensor_mode(x, y, rounding_mode="trunc"), aten.fmod.Tensor(x, y)
+    return torch.where((rest != 0) & ((rest < 0) != (y < 0)), quotient - 1, quotient)
+
+
+def _div_mode(x: Tensor, y: Any, *, rounding_mode: str | None = None) -> Any:
+    return _floor_divide(x, y) if rounding_mode == "floor" else NotImplemented
+
+
+def _eye(n: int, m: int | None = None, *, dtype: Any = None, layout: Any = None, device: Any = None, pin_memory: Any = None) -> Tensor:
+    rows = torch.arange(n, dtype=torch.int32, device=device)
+    columns = rows if m is None else torch.arange(m, dtype=torch.int32, device=device)
+    return (rows.unsqueeze(1) == columns).to(dtype or torch.get_default_dtype())
+
+
+def _unfold(x: Tensor, dimension: int, size: int, step: int) -> Any:
+    if x.dim() == 0:
+        return NotImplemented
+    dim = dimension % x.dim()
+    starts = torch.arange((x.shape[dim] - size) // step + 1, dtype=torch.int32, device=x.device) * step
+    positions = starts.unsqueeze(1) + torch.arange(size, dtype=torch.int32, device=x.device)
+    windows = x.index_select(dim, positions.reshape(-1)).reshape(*x.shape[:dim], *positions.shape, *x.shape[dim + 1 :])
+    return windows.movedim(dim + 1, -1)
+
+
+def _nearest(x: Tensor, sizes: Sequence[int], scales: Sequence[float | None]) -> Tensor:
+    """Each output position reads ``floor(position * scale)``, computed in float32 as the kernels do."""
+    for dim, (out, scale) in enumerate(zip(sizes, scales, strict=True), x.dim() - len(sizes)):
+        size = x.shape[dim]
+        if out != size or scale not in (None, 1.0):
+            ratio = float(np.float32(1.0 / scale if scale else size / out))
+            positions = (torch.arange(out, dtype=torch.float32, device=x.device) * ratio).to(torch.int32)
+            x = x.index_select(dim, positions.clamp(max=size - 1))
+    return x
+
+
+def _upsample_nearest(x: Tensor, output_size: Sequence[int], *scales: float | None, **named: float | None) -> Tensor:
+    given = [*scales, *(named[name] for name in ("scales", "scales_d", "scales_h", "scales_w") if name in named)]
+    return _nearest(x, output_size, [None] * (len(output_size) - len(given)) + given)
+
+
+def _upsample_nearest_vec(x: Tensor, output_size: Sequence[int] | None, scale_factors: Sequence[float] | None) -> Tensor:
+    if output_size is not None:
+        return _nearest(x, output_size, [None] * len(output_size))
+    assert scale_factors is not None
+    sizes = [math.floor(n * f) for n, f in zip(x.shape[2:], scale_factors, strict=True)]
+    return _nearest(x, sizes, scale_factors)
+
+
 def _pool_to_one(x: Tensor, output_size: Sequence[int]) -> Any:
     if any(n != 1 for n in output_size):
         return NotImplemented
@@ -151,11 +206,19 @@ TABLE: dict[Any, Callable[..., Any]] = {
     aten.fmod.Scalar: _fmod,
     aten.remainder.Scalar: _remainder,
     aten.remainder.Tensor: _remainder,
+    aten.floor_divide.default: _floor_divide,
+    aten.div.Tensor_mode: _div_mode,
+    aten.div.Scalar_mode: _div_mode,
+    aten.eye.default: _eye,
+    aten.eye.m: _eye,
+    aten.unfold.default: _unfold,
+    **{getattr(aten, f"upsample_nearest{n}d").default: _upsample_nearest for n in (1, 2, 3)},
+    **{getattr(aten, f"upsample_nearest{n}d").vec: _upsample_nearest_vec for n in (1, 2, 3)},
 }
 
 # Where torch has a decomposition of the overload that a composite leads to, and torch-mlir names another overload or none.
 TORCH = (
-    aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_linear1d, aten.upsample_trilinear3d, aten.unfold,
+    aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten.upsample_linear1d, aten.upsample_trilinear3d,
     aten.native_batch_norm,
 )
 

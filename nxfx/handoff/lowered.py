@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import fx
 
+from nxfx.analysis.dtype_rules import is_wide
 from nxfx.analysis.provenance import Role, Source
 from nxfx.errors import PrepareError, UsageError
 from nxfx.graph import meta
 from nxfx.prepared import CapturedCall, PreparedModule
-from nxfx.report.locations import Location
+from nxfx.report.locations import Location, locate
 
 # What a reader of a lowered program looks for first: what Neuron refuses, slows down on, or gets wrong. HLO spellings.
 WATCHED = ("scatter", "dynamic-update-slice", "gather", "sort", "custom-call", "while")
@@ -136,3 +138,36 @@ def example_of(model: PreparedModule | fx.GraphModule, example_inputs: Iterable[
     if isinstance(model, PreparedModule):
         return model.example_inputs
     raise PrepareError("a graph does not know its example inputs: pass them")
+
+
+def traces_of(operations: Iterable[tuple[fx.Node, Iterable[str]]]) -> tuple[Trace, ...]:
+    """Watched and 64-bit operations, by the line that they come from.
+
+    Args:
+        operations: node of the cleaned graph that an operation comes from, with the names that it is counted under.
+    """
+    found: Counter[tuple[str, str, bool, Location]] = Counter()
+    for node, names in operations:
+        location = replace(locate(node), module="")  # the same line of every layer
+        found.update((name, str(node.target), _demands(node, name), location) for name in names)
+    traces = [Trace(what, count, op, demanded, location) for (what, op, demanded, location), count in found.items()]
+    return tuple(sorted(traces, key=lambda t: ((*WATCHED, *WIDE).index(t.what), not t.demanded, -t.count, t.op)))
+
+
+def _demands(node: fx.Node, what: str) -> bool:
+    """Whether the graph itself asks for it at ``node``: a value of that type, an op that is one."""
+    if what not in WIDE:
+        name = str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
+        return name in _DEMANDS.get(what, ()) or what.replace("-", "_") in name
+    values = [meta.val(n) for n in (node, *node.all_input_nodes)]
+    leaves = [leaf for v in values for leaf in (v if isinstance(v, (list, tuple)) else (v,))]
+    floating = what == "f64"
+    return any(isinstance(v, torch.Tensor) and is_wide(v.dtype) and v.dtype.is_floating_point == floating for v in leaves)
+
+
+# Ops that are by their meaning what the watched operation is.
+_DEMANDS = {
+    "gather": {"embedding", "index", "index_select", "_unsafe_index", "take", "take_along_dim"},
+    "scatter": {"index_put", "_unsafe_index_put", "index_add", "index_copy", "masked_scatter", "put"},
+    "sort": {"topk", "argsort", "msort"},
+}

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
-from nxfx.analysis.dtype_rules import is_wide
 from nxfx.graph import meta
 from nxfx.graph.attributes import CONSTANTS
 from nxfx.graph.builder import NodeBuilder
@@ -18,10 +17,9 @@ from nxfx.handoff import mlir
 from nxfx.handoff.decompose import Flat, decompose
 from nxfx.handoff.decompositions import COMPOSITES, complete
 from nxfx.handoff.legalise import legalise
-from nxfx.handoff.lowered import WATCHED, WIDE, Lowered, Trace, admitted, graph_of
+from nxfx.handoff.lowered import WATCHED, WIDE, Lowered, Trace, admitted, graph_of, traces_of
 from nxfx.pipeline import PassContext, Pipeline
 from nxfx.prepared import PreparedModule
-from nxfx.report.locations import Location, locate
 
 aten = torch.ops.aten
 Weights = Literal["arguments", "inline"]
@@ -60,7 +58,7 @@ def lower(model: PreparedModule | fx.GraphModule, *, weights: Weights = "argumen
     bytecode = io.BytesIO()
     module.operation.write_bytecode(bytecode)
     text = module.operation.get_asm(enable_debug_info=True)
-    traces = tuple(_traces(module, flat))
+    traces = _traces(module, flat)
     return Lowered("stablehlo", text, (*kept, *inputs), tuple(kept.values()), ops, types, traces, bytecode.getvalue())
 
 
@@ -107,35 +105,12 @@ def _counts(module: Any) -> tuple[Counter[str], Counter[str]]:
     return ops, types
 
 
-def _traces(module: Any, flat: Flat) -> list[Trace]:
-    """Watched and 64-bit operations, by the line that they come from."""
-    found: Counter[tuple[str, str, bool, Location]] = Counter()
-    for operation in mlir.operations(module):
-        origin = next((flat.origins[n] for n in mlir.node_names(operation) if n in flat.origins), None)
-        if origin is None or operation.name.endswith(".return"):
-            continue
-        kind = operation.name.removeprefix("stablehlo.").replace("_", "-")
-        location = replace(locate(origin), module="")  # the same line of every layer
-        for what in (*sorted(_types(operation)), *((kind,) if kind in WATCHED else ())):
-            found[what, str(origin.target), _demands(origin, what), location] += 1
-    traces = [Trace(what, count, op, demanded, location) for (what, op, demanded, location), count in found.items()]
-    return sorted(traces, key=lambda t: (*WATCHED, *WIDE).index(t.what))
+def _traces(module: Any, flat: Flat) -> tuple[Trace, ...]:
+    def counted() -> Iterator[tuple[fx.Node, list[str]]]:
+        for operation in mlir.operations(module):
+            origin = next((flat.origins[n] for n in mlir.node_names(operation) if n in flat.origins), None)
+            if origin is not None and not operation.name.endswith(".return"):
+                kind = operation.name.removeprefix("stablehlo.").replace("_", "-")
+                yield origin, [*_types(operation), *((kind,) if kind in WATCHED else ())]
 
-
-def _demands(node: fx.Node, what: str) -> bool:
-    """Whether the graph itself asks for it at ``node``: a value of that type, an op that is one."""
-    if what not in WIDE:
-        name = str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else str(node.target)
-        return name in _DEMANDS.get(what, ()) or what.replace("-", "_") in name
-    values = [meta.val(n) for n in (node, *node.all_input_nodes)]
-    leaves = [leaf for v in values for leaf in (v if isinstance(v, (list, tuple)) else (v,))]
-    floating = what == "f64"
-    return any(isinstance(v, torch.Tensor) and is_wide(v.dtype) and v.dtype.is_floating_point == floating for v in leaves)
-
-
-# Ops that are by their meaning what the watched operation is.
-_DEMANDS = {
-    "gather": {"embedding", "index", "index_select", "_unsafe_index", "take", "take_along_dim"},
-    "scatter": {"index_put", "_unsafe_index_put", "index_add", "index_copy", "masked_scatter", "put"},
-    "sort": {"topk", "argsort", "msort"},
-}
+    return traces_of(counted())

@@ -1,7 +1,8 @@
 """The graph on PyTorch/XLA: its HLO, and its results. What legacy torch-neuronx traces with; needs torch 2.9, no Neuron hardware.
 
 torch-xla API used here and nowhere else: ``torch_xla.device``, ``torch_xla.sync`` and, of its private ``_XLAC``,
-``_get_xla_tensors_hlo``, ``_get_tensors_xla_device_data_node``, ``_xla_get_tensor_id`` and ``_set_allow_execution``; run with 2.9.
+``_get_xla_tensors_hlo``, ``_get_tensors_xla_device_data_node``, ``_xla_get_tensor_id``, ``_set_allow_execution``, ``_set_ir_debug``
+and ``profiler.scope_pusher``; run with 2.9.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from nxfx.errors import LoweringError, MissingDependencyError
 from nxfx.handoff.decompose import WithWeights, weights_of
 from nxfx.handoff.decompositions import TABLE
 from nxfx.handoff.legalise import legalise
-from nxfx.handoff.lowered import Lowered, admitted, example_of, graph_of
+from nxfx.handoff.lowered import WATCHED, Lowered, admitted, example_of, graph_of, traces_of
 from nxfx.prepared import PreparedModule
 from nxfx.report.locations import locate
 
 INSTALL = "pip install 'nxfx[xla]' (torch 2.9, the last with PyTorch/XLA)"
 
+# An operation's metadata: the scope that it was traced in, which is the name of a node, and a line of torch's interpreter.
+_METADATA = re.compile(r'op_name="(?:(\w+)\.\d+/)?([^"]*)"(?: source_file="[^"]*" source_line=\d+)?')
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([a-z][a-z0-9-]*)\(", re.MULTILINE)
 _WIDE = {"i64": re.compile(r"\b[su]64\["), "f64": re.compile(r"\b(?:f64|c128)\[")}
 
@@ -50,7 +53,7 @@ def lower(model: PreparedModule | fx.GraphModule, example_inputs: Iterable[Any] 
     """Lower a cleaned graph to HLO text.
 
     torch-xla decides the order of the arguments; ``Lowered.arguments`` names them: weights, inputs, and the constants that it
-    passes as arguments. HLO text does not say which line an operation comes from, so there are no ``traces``.
+    passes as arguments. The metadata of each operation name the node of the graph and the user's line.
 
     Args:
         model: what :func:`nxfx.prepare` gives, or its ``graph_module``.
@@ -64,17 +67,49 @@ def lower(model: PreparedModule | fx.GraphModule, example_inputs: Iterable[Any] 
     """
     xla = torch_xla()
     inputs = example_of(model, example_inputs)
-    names, outputs = _trace(graph_of(model) if as_is else _legal(model), inputs)
-    tensors = [t for t in outputs if isinstance(t, torch.Tensor)]
-    text = xla._XLAC._get_xla_tensors_hlo(tensors)
+    graph_module = graph_of(model) if as_is else _legal(model)
+    with _named_nodes(xla):
+        names, outputs = _trace(graph_module, inputs)
+        tensors = [t for t in outputs if isinstance(t, torch.Tensor)]
+        text = xla._XLAC._get_xla_tensors_hlo(tensors)
     ids, values = xla._XLAC._get_tensors_xla_device_data_node(tensors)
     arguments = tuple(names.get(i) or _constant(v) for i, v in zip(ids, values, strict=True))
-    ops = Counter(name for name in _OPERATION.findall(text) if name not in ("parameter", "tuple"))
+    origins = _origins(graph_of(model), graph_module)
+    ops: Counter[str] = Counter()
     types: Counter[str] = Counter()
+    found = []
     for line in text.splitlines():
-        if _OPERATION.match(line):
-            types.update(wide for wide, pattern in _WIDE.items() if pattern.search(line))
-    return Lowered("hlo", text, arguments, (), ops, types)
+        operation = _OPERATION.match(line)
+        if operation is None:
+            continue
+        wide, name = [w for w, pattern in _WIDE.items() if pattern.search(line)], operation[1]
+        types.update(wide)
+        ops.update([name] if name not in ("parameter", "tuple") else [])
+        scope = _METADATA.search(line)
+        if scope is not None and scope[1] in origins:
+            found.append((origins[scope[1]], [*wide, *([name] if name in WATCHED else [])]))
+    return Lowered("hlo", _with_lines(text, origins), arguments, (), ops, types, traces_of(found))
+
+
+def _origins(original: fx.GraphModule, legal: fx.GraphModule) -> dict[str, fx.Node]:
+    """Node name of the graph that is traced → node of the cleaned graph that it stands for."""
+    known = {n.name: n for n in original.graph.nodes}
+    made_for = {n.name: n.meta.get("nxfx", {}).get("origin", n.name) for n in legal.graph.nodes}
+    return {name: known[name if name in known else origin] for name, origin in made_for.items() if name in known or origin in known}
+
+
+def _with_lines(text: str, origins: dict[str, fx.Node]) -> str:
+    """The program with the user's lines in the place of the interpreter's."""
+
+    def metadata(found: re.Match[str]) -> str:
+        node, op = found.groups()
+        if node not in origins:
+            return f'op_name="{op}"'
+        location = locate(origins[node])
+        line = f' source_file="{location.file}" source_line={location.line}' if location.file else ""
+        return f'op_name="{node}/{op}"{line}'
+
+    return _METADATA.sub(metadata, text)
 
 
 def run(model: PreparedModule | fx.GraphModule, inputs: Sequence[torch.Tensor] | None = None) -> list[Any]:
@@ -151,12 +186,30 @@ def _no_execution(xla: Any) -> Iterator[None]:
         xla._XLAC._set_allow_execution(allowed)
 
 
+@contextlib.contextmanager
+def _named_nodes(xla: Any) -> Iterator[None]:
+    """Operations say in which scope they were traced."""
+    before = xla._XLAC._get_ir_debug()
+    xla._XLAC._set_ir_debug(True)
+    try:
+        yield
+    finally:
+        xla._XLAC._set_ir_debug(before)
+
+
 class _OnDevice(WithWeights):
     """Runs a graph on another device than the one it names, with copies of its tensors there."""
 
     def __init__(self, graph_module: fx.GraphModule, weights: dict[str, torch.Tensor], device: torch.device) -> None:
         super().__init__(graph_module, weights, _OWN)
         self.device = device
+
+    def run_node(self, n: fx.Node) -> Any:
+        scope = torch_xla()._XLAC.profiler.scope_pusher(n.name)
+        try:
+            return super().run_node(n)
+        finally:
+            del scope
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = (fx.node.map_aggregate(v, self._moved) for v in (args, kwargs))
