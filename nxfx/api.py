@@ -18,6 +18,7 @@ from nxfx.capture.export import Capture, capture, without_autocast
 from nxfx.capture.state import ModuleState
 from nxfx.capture.structure import flatten
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
+from nxfx.graph.walk import reshape_views
 from nxfx.observe.run import observe
 from nxfx.observe.settle import settle
 from nxfx.pipeline import PassContext, Pipeline, PipelineResult
@@ -183,6 +184,7 @@ def _clean(
     boundaries = []
 
     def finish() -> None:
+        reshape_views(gm)
         boundary = hoist(gm, found.sources, context.requirements)
         boundary.largest_size = INT32[1] if context.assumed_sizes else None
         boundaries.append(boundary)

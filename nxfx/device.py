@@ -42,8 +42,6 @@ def retarget(graph_module: fx.GraphModule, device: torch.device) -> bool:
     for scope in walk.scopes(graph_module):
         touched = False
         for node in scope.graph_module.graph.nodes:
-            if node.target is torch.ops.aten.view.default:
-                node.target, touched = torch.ops.aten.reshape.default, True  # kernels of another device may leave other strides
             if any(isinstance(v, torch.device) and v != device for v in (*node.args, *node.kwargs.values())):
                 node.args, node.kwargs = fx.node.map_aggregate(node.args, swap), fx.node.map_aggregate(dict(node.kwargs), swap)
                 touched = True
@@ -70,8 +68,6 @@ def follow_inputs(graph_module: fx.GraphModule) -> None:
         return device if isinstance(value, torch.device) else value
 
     for node in graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default  # kernels of another device may leave other strides
         if any(isinstance(v, torch.device) for v in (*node.args, *node.kwargs.values())):
             node.args, node.kwargs = fx.node.map_aggregate(node.args, swap), fx.node.map_aggregate(dict(node.kwargs), swap)
     if device is not None and not device.users:

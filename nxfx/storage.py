@@ -26,6 +26,7 @@ from nxfx.capture.structure import Container, Leaf, Same, Static
 from nxfx.capture.unlift import constants_to_attributes, mirror
 from nxfx.errors import PrepareError, UsageError
 from nxfx.graph.attributes import own_buffer, share_registries
+from nxfx.graph.walk import reshape_views
 from nxfx.prepared import CapturedCall, PreparedModule, Signature
 from nxfx.report import Report
 
@@ -154,6 +155,7 @@ def _rebuild(program: torch.export.ExportedProgram, extra: dict[str, Any]) -> Pr
     boundary = _boundary_from_json(extra["boundary"])
     non_persistent = set(extra["names"]["non_persistent"]) | set(extra["names"]["plain"])
     graph_module, attributes = constants_to_attributes(program)
+    reshape_views(graph_module)
     sources: dict[str, Source] = {}
     for name, (value, role) in attributes.items():
         wide = boundary.narrowed_buffers.get(name)
@@ -162,6 +164,7 @@ def _rebuild(program: torch.export.ExportedProgram, extra: dict[str, Any]) -> Pr
         own_buffer(graph_module, name, value) if role is not Role.PARAMETER else None
     skeleton.train(extra["training_mode"])
     _share(graph_module, skeleton, attributes, boundary)
+    graph_module.recompile()
     capture = Capture(
         graph_module,
         _convention_from_json(extra["convention"]),

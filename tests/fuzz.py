@@ -26,7 +26,7 @@ import view_programs
 
 import nxfx
 from nxfx.errors import CaptureError
-from nxfx.graph import invariants
+from nxfx.graph import invariants, walk
 from nxfx.passes.mask_slice_writes import MaskSliceWrites
 from nxfx.passes.narrow_64bit import Narrow64bit
 from nxfx.pipeline import Pipeline
@@ -49,13 +49,15 @@ def check_writes(seed: int, figures: Counter[str], program: Any = None) -> str |
     try:
         expected = program(*(a.clone() for a in args))
         gm, context = view_programs.functional_graph(program, args)
+        walk.reshape_views(gm)  # as prepare leaves it
+        gm.recompile()
     except (RuntimeError, IndexError, ValueError):  # eager refuses it, or tracing does
         figures["refused"] += 1
         return None
     if not compare(expected, gm(*args)).ok:  # torch's own functionalization of as_strided, which capture refuses
         figures["wrong before"] += 1
         return None
-    result = Pipeline([MaskSliceWrites()]).run(gm, context, verify_each=True)
+    result = Pipeline([MaskSliceWrites()]).run(gm, context, verify_each=True, finish=lambda: walk.reshape_views(gm))
     outcome = compare(expected, gm(*args))
     figures["rewrites"] += len(result.rewrites)
     figures["kept"] += len(left(gm))

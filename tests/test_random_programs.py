@@ -65,3 +65,44 @@ def test_a_program_that_fails_is_told_in_few_steps() -> None:
 
     shrunk = view_programs.shrunk(Program([4, 4], torch.float32, "input", steps), has_nan)
     assert [kind for kind, _, _ in shrunk.steps] == ["view", "view", "write"]
+
+
+def _views(*views: tuple[str, tuple[object, ...]]) -> list[tuple[str, int, tuple[object, ...]]]:
+    return [("view", i, (name, *arguments)) for i, (name, arguments) in enumerate(((n, (a,)) for n, a in views))]
+
+
+# Found by `make fuzz`: what runs has other strides than the fakes say, and a view minds.
+KEPT = {
+    "zero-of-an-empty-view": (415190, Program(
+        [5, 1, 3, 1, 5], torch.float16, "zeros",
+        [
+            *_views(("permute", ([4, 3, 2, 1, 0],)), ("movedim", (-5, -1))), ("write", 2, ("scatter", 2, 0, float("inf"))),
+            ("view", 0, ("view", ([-1],))), ("write", 3, ("index_put", 0, [-28, -38, -1], None)),
+        ],
+    )),
+    "slice-scatter-of-a-permuted-view": (436323, Program(
+        [3, 4, 2], torch.bfloat16, "flags",
+        [
+            *_views(("slice", (-2, -99, -1, 2)), ("permute", ([1, 2, 0],)), ("squeeze", ())),
+            ("write", 3, ("functional", "slice_scatter", (1, 1, 2, 1))),
+        ],
+    )),
+    "unfold-of-dims-of-size-1": (436918, Program(
+        [1, 5, 3], torch.bool, "input",
+        [
+            *_views(
+                ("slice", (1, 1, 99, 3)), ("slice", (2, 0, 1, 3)), ("permute", ([2, 0, 1],)), ("transpose", (0, -2)),
+                ("unsqueeze", (1,)), ("unfold", (1, 1, 1)),
+            ),
+            ("write", 6, ("position", 3, False)),
+        ],
+    )),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_programs(name: str) -> None:
+    seed, program = KEPT[name]
+    figures: Counter[str] = Counter()
+    assert fuzz.check_writes(seed, figures, program) is None
+    assert figures["rewrites"] and not figures["refused"] and not figures["wrong before"]

@@ -34,7 +34,7 @@ from nxfx.boundary import Boundary, Check, InputRule, hoist
 from nxfx.capture.dynamo_frame import graph_breaks, user_names
 from nxfx.environment import native_backend, native_registered
 from nxfx.errors import CompilerError, NxfxError, PassError, PrepareError, RangeError, UsageError
-from nxfx.graph import meta
+from nxfx.graph import meta, walk
 from nxfx.graph.builder import NodeBuilder, refresh
 from nxfx.pipeline import PassContext, Pipeline
 from nxfx.report import Finding, Report, Severity
@@ -474,12 +474,8 @@ def _take_constant_outputs(gm: fx.GraphModule) -> list[Any]:
 
 
 def _as_it_is(gm: fx.GraphModule) -> Compiled:
-    """The graph itself, run by torch.
-
-    torch's fakes are wrong on the strides of some results (native_batch_norm_backward), and eager ``view`` minds.
-    """
-    for node in gm.graph.find_nodes(op="call_function", target=aten.view.default):
-        node.target = aten.reshape.default
+    """The graph itself, run by torch."""
+    walk.reshape_views(gm)
     gm.recompile()
     return gm
 

@@ -316,7 +316,7 @@ class MaskBuilder:
         value = meta.val(node)
         if is_static(*value.shape, *shape) and value.is_contiguous():
             return self.build.known(meta.contiguous(value, shape, value.dtype), aten.view.default, node, shape)
-        return self.build.call(aten.view.default, node, shape)
+        return self.build.call(aten.reshape.default, node, shape)  # its strides may not allow a view
 
     def place(
         self,

@@ -59,3 +59,14 @@ def unknown_bodies(gm: fx.GraphModule) -> Iterator[fx.Node]:
     for node in gm.graph.nodes:
         if is_higher_order(node) and node.target.name() not in KNOWN_HIGHER_ORDER_OPS and any(bodies(gm, node)):
             yield node
+
+
+def reshape_views(gm: fx.GraphModule) -> None:
+    """Let every ``view`` of ``gm`` and its bodies be a ``reshape``: the same values whatever strides its input has when it runs.
+
+    torch's fakes are wrong on the strides of some results (size-1 and empty dims, ``native_batch_norm_backward``), other devices have
+    kernels of their own, and a write that became a mask leaves other strides than the write. The caller recompiles.
+    """
+    for scope in scopes(gm):
+        for node in scope.graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+            node.target = torch.ops.aten.reshape.default
