@@ -601,6 +601,14 @@ def test_a_report_is_one_per_graph_and_picklable() -> None:
     assert Report.from_dict(report.to_dict()) == report
 
 
+def test_a_report_carries_the_flags_that_the_inner_compiler_needs() -> None:
+    weight = torch.randn(4, 4, requires_grad=True)
+    compiled(lambda x: x @ weight)(torch.randn(2, 4)).sum().backward()
+    assert "--auto-cast=none" in reports()[-1].compiler_args and "--native-int64=disabled" in reports()[-1].compiler_args
+    compiled(lambda x: x * 2**40 + 1)(torch.tensor([3]))
+    assert reports()[-1].compiler_args.keys() & {"--native-int64=enabled", "--native-int64=disabled"} == {"--native-int64=enabled"}
+
+
 # -- nxfx.compile ----------------------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ from nxfx.pipeline import PassContext, Pipeline
 from nxfx.report import Finding, Report, Severity
 from nxfx.report.failures import explain
 from nxfx.targets import Target, get_target
+from nxfx.targets.flags import compiler_args, together
 
 aten = torch.ops.aten
 
@@ -336,6 +337,7 @@ class _Job:
             for rule in boundary.inputs:
                 rule.low = rule.high = None
         constants = _take_constant_outputs(gm)
+        self.report.compiler_args = together(self.report.compiler_args, compiler_args(gm, self.target))
         gm.recompile()
         limited = self.limits if stage != "backward" else {}
         limits = [(i, limited[n.name]) for i, n in enumerate(placeholders) if n.name in limited]

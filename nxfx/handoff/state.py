@@ -12,7 +12,7 @@ from nxfx.capture.shell import bind
 from nxfx.capture.structure import flatten
 from nxfx.errors import PrepareError, UsageError
 from nxfx.graph import meta, walk
-from nxfx.graph.attributes import own_buffer
+from nxfx.graph.attributes import own_buffer, share_registries
 from nxfx.graph.builder import NodeBuilder
 from nxfx.prepared import CapturedCall
 from nxfx.report import Finding, Severity
@@ -254,8 +254,7 @@ class NamesOnly(torch.nn.Module):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            self.__dict__[registry] = model.__dict__[registry]
+        share_registries(self, model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise PrepareError("this module was made on the meta device: it has names and no graph. Make it on the CPU to trace it")

@@ -67,6 +67,14 @@ def compiler_args(graph_module: fx.GraphModule, target: Target) -> dict[str, str
     return flags
 
 
+def together(*flags: dict[str, str]) -> dict[str, str]:
+    """The flags of graphs that are compiled alike: int64 is native when one of them keeps some."""
+    merged = {flag: why for of_one in reversed(flags) for flag, why in of_one.items()}
+    if "--native-int64=enabled" in merged:
+        merged.pop("--native-int64=disabled", None)
+    return merged
+
+
 def _calls(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
     for scope in walk.scopes(graph_module):
         for node in scope.graph_module.graph.nodes:
