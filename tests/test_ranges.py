@@ -174,6 +174,15 @@ IMPLIED = {
     "index_select": (lambda x: TABLE.index_select(0, x.flatten()), (0, 99)),
     "gather": (lambda x: TABLE.gather(0, x), (0, 99)),
     "the tightest of two": (lambda x: (TABLE[x], F.embedding(x, TABLE[:50])), (0, 49)),
+    "every column": (lambda x: [TABLE[x[:, i].unsqueeze(0)] for i in range(3)] + [F.embedding(x[..., -1], TABLE)], (-100, 99)),
+    "every column, unbound": (lambda x: [F.embedding(c, TABLE[: 9 + i]) for i, c in enumerate(x.unbind(1))], (0, 11)),
+    "the tightest use of each column": (
+        lambda x: [F.embedding(c, t) for c in x.unbind() for t in (TABLE, TABLE[:7])],
+        (0, 6),
+    ),
+    "columns of rows": (lambda x: [F.embedding(row[j], TABLE) for row in x for j in range(4)], (0, 99)),
+    "a column is missing": (lambda x: [F.embedding(x[:, i], TABLE) for i in range(3)], None),
+    "columns of two dims": (lambda x: [F.embedding(x[0], TABLE), F.embedding(x[1], TABLE), F.embedding(x[:, 2], TABLE)], None),
     "a part only": (lambda x: F.embedding(x[:, :2], TABLE), None),
     "a sum": (lambda x: F.embedding(x + 1, TABLE), None),
     "a wrapping cast": (lambda x: F.embedding(x.to(torch.int32), TABLE), None),
@@ -185,7 +194,7 @@ IMPLIED = {
 @pytest.mark.parametrize("name", IMPLIED)
 def test_an_index_implies_the_range_of_the_very_input(name: str) -> None:
     function, expected = IMPLIED[name]
-    captured, ranges = analysed(lambda x: (function(x),), (ids(4, 4),)) if name != "a mask" else (None, None)
+    captured, ranges = analysed(lambda x: tuple(torch.utils._pytree.tree_leaves(function(x))), (ids(4, 4),)) if name != "a mask" else (None, None)
     if ranges is None:
         return
     (requirement,) = ranges.requirements.values()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -34,15 +35,50 @@ _EITHER_SIDE = frozenset({aten.index.Tensor, aten.index_put.default})
 def implied_range(ranges: Ranges, source: fx.Node) -> tuple[Interval, str] | None:
     """The tightest range that an index op implies for the very values of ``source``, with its reason in words.
 
-    Only through ops that keep every element and every value (views, copies, widening casts): a slice or a wrapping cast says
-    nothing of the rest. A use inside a branch is in another graph and is not seen here.
+    Only through ops that keep every element and every value (views, copies, widening casts), and through ``select`` where every
+    position of its dimension is used so (the columns of a bounding box): a slice or a wrapping cast says nothing of the rest. A use
+    inside a branch is in another graph and is not seen here.
     """
     best: tuple[Interval, str] | None = None
+    picked: dict[tuple[fx.Node, int], dict[int, tuple[Interval, str]]] = {}
     for user, value in _uses(source):
-        found = _bounds_by(ranges, user, value)
-        if found is not None and (best is None or found[1] - found[0] < best[0][1] - best[0][0]):
-            best = found, f"it indexes {user.target}"
+        bounds = _bounds_by(ranges, user, value)
+        best = _tighter(best, None if bounds is None else (bounds, f"it indexes {user.target}"))
+        for one, dim, position in _positions(user, value):
+            found = implied_range(ranges, one)
+            if found is not None:
+                positions = picked.setdefault((value, dim), {})
+                positions[position] = _tighter(positions.get(position), found) or found
+    for (value, dim), positions in picked.items():
+        if len(positions) == meta.val(value).shape[dim]:
+            low, high = min(b[0] for b, _ in positions.values()), max(b[1] for b, _ in positions.values())
+            best = _tighter(best, ((low, high), positions[0][1]))
     return best
+
+
+def _tighter(one: tuple[Interval, str] | None, other: tuple[Interval, str] | None) -> tuple[Interval, str] | None:
+    if one is None or other is None:
+        return one or other
+    return min(one, other, key=lambda found: found[0][1] - found[0][0])
+
+
+def _positions(user: fx.Node, value: fx.Node) -> Iterator[tuple[fx.Node, int, int]]:
+    """``(node, dim, position)`` for each node that ``user`` makes of one position of a dim of ``value``, whose size is known."""
+    if user.target not in (aten.select.int, aten.unbind.int) or user.args[0] is not value:
+        return
+    shape = meta.val(value).shape
+    dim: Any = arg(user, 1, "dim") or 0
+    if type(dim) is not int or type(shape[dim]) is not int:
+        return
+    dim %= len(shape)
+    if user.target is aten.select.int:
+        position: Any = arg(user, 2, "index")
+        if type(position) is int:
+            yield user, dim, position % shape[dim]
+    else:
+        for item in user.users:
+            if item.target is operator.getitem and type(item.args[1]) is int:
+                yield item, dim, item.args[1] % shape[dim]
 
 
 def require(
