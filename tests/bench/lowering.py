@@ -147,7 +147,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     changed = [before if before == after else f"{before} → {after}" for before, after in pairs]
     lowers = " → ".join("no" if "refused" in row[side] else "yes" for side in ("before", "after"))
     demanded = row["after"].get("demanded", {})
-    share = "+".join(str(demanded.get(name, 0)) for name in WIDE) if row["dialect"] == "stablehlo" and demanded is not None else ""
+    share = "+".join(str(demanded.get(name, 0)) for name in WIDE)
     return [row["case"], "yes" if lowers == "yes → yes" else lowers, *changed, share, row["result"]]
 
 
@@ -174,7 +174,7 @@ def document(kept: dict[str, dict[str, Any]]) -> str:
         "- *before*: the captured graph without any pass, as the lowering alone takes it. *after*: what nxfx hands on. One number: no change.",
         "- *lowers*: whether there is a program. What is refused is listed below each table.",
         "- *i64*, *f64*: operations with a tensor of that type. *By the graph*: those of *after* (i64 + f64) that a 64-bit value of the cleaned",
-        "  graph asks for; the others the lowering adds. HLO text does not say.",
+        "  graph asks for; the others the lowering adds, listed by line below the table.",
         "- *executed*: the lowered program in the place of the graph against the model in eager mode, on three inputs: integers and masks",
         "  equal, floats within the given error, relative to the largest output.",
         "",
