@@ -84,6 +84,10 @@ WRONG_ALONE: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "eye": (lambda x: x + torch.eye(18, dtype=torch.int64), (INTEGERS,)),
     "unfold": (lambda x: x.unfold(0, 4, 3), (INTEGERS,)),
     "nearest": (lambda x: torch.nn.functional.interpolate(x[None, None], size=(7, 4)), (X,)),
+    "masked-fill-with-a-scalar": (
+        lambda x, i: (x.masked_fill(x > 0, -1e4), x.masked_fill(x < 0, -INF), x.masked_fill(x > 1, 2), i.masked_fill(i > 0, 7)),
+        (X, INTEGERS),
+    ),
     "pad-integers": (lambda x: torch.nn.functional.pad(x, (1, 2)), (INTEGERS,)),
     "int-min-and-max": (lambda x: (x.amax(), x.amin(), x.clamp(-2, 3), x.abs()), (INTEGERS,)),
 }

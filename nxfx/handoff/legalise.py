@@ -3,7 +3,8 @@
 - ``x[i]`` counts negative indices from the end. torch-mlir's gather reads before the tensor instead, and torch-xla wraps them in
   int64. They are wrapped here, unless the interval analysis proves them non-negative.
 - Both widen the indices of ``x[i, j]`` to int64; those of ``index_select`` they take as they are. So indices are combined to one.
-- A comparison with a Python scalar is made in int64 or float64 by torch-xla, where PyTorch casts the scalar: it is typed here.
+- A comparison with a Python scalar, or a masked fill with one, is made in int64 or float64 by torch-xla, where PyTorch casts the
+  scalar: it is typed here.
 - An empty list of dimensions means all of them; torch-xla's ``amax`` and ``amin`` take it for none, and reduce nothing.
 - Assertions do not run on the device: they are dropped (NX407 has reported the user's own).
 - Slice ends of 2**63 - 1 make torch-mlir fail with ``std::bad_alloc``: bounds are clamped to the axis.
@@ -34,7 +35,7 @@ _SLICES = {aten.slice.Tensor: 1, aten.slice_scatter.default: 2}  # op → positi
 _ASSERTIONS = (aten._assert_scalar.default, aten._assert_async.msg, aten._assert_async.default, aten._assert_tensor_metadata.default)
 _READS = (aten.index.Tensor, aten._unsafe_index.Tensor)
 _REDUCTIONS = (aten.amax.default, aten.amin.default, aten.sum.dim_IntList, aten.mean.dim, aten.logsumexp.default)
-_COMPARISONS = {getattr(aten, name).Scalar: getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+_TYPED = {getattr(aten, name).Scalar: getattr(aten, name).Tensor for name in ("eq", "ne", "lt", "le", "gt", "ge", "masked_fill")}
 _WRITES = (aten.index_put.default, aten._unsafe_index_put.default)
 
 
@@ -56,7 +57,7 @@ def legalise(graph_module: fx.GraphModule, sources: Mapping[str, Source]) -> Non
     for op in _REDUCTIONS:
         for node in graph.find_nodes(op="call_function", target=op):
             _name_dims(node)
-    for op, typed in _COMPARISONS.items():
+    for op, typed in _TYPED.items():
         for node in graph.find_nodes(op="call_function", target=op):
             with build.before(node):
                 _type_scalar(build, node, typed)
@@ -79,7 +80,8 @@ def _name_dims(node: fx.Node) -> None:
 
 
 def _type_scalar(build: NodeBuilder, node: fx.Node, typed: Any) -> None:
-    tensor, scalar = node.args
+    *before, scalar = node.args
+    tensor = before[0]
     if not isinstance(tensor, fx.Node) or isinstance(scalar, bool) or not isinstance(scalar, (int, float)):
         return
     dtype = meta.val(tensor).dtype
@@ -87,7 +89,7 @@ def _type_scalar(build: NodeBuilder, node: fx.Node, typed: Any) -> None:
         return
     if not dtype.is_floating_point and (not isinstance(scalar, int) or not fits((scalar, scalar), integer_bounds(dtype))):
         return
-    node.target, node.args = typed, (tensor, build.scalar(scalar, dtype, meta.val(tensor).device))
+    node.target, node.args = typed, (*before, build.scalar(scalar, dtype, meta.val(tensor).device))
 
 
 def _clamp(node: fx.Node, dim_position: int) -> None:
