@@ -55,6 +55,7 @@ class CheckConstraints(Pass):
         "narrow-64bit",
         "exact-integer-sums",
         "flag-value-dependence",
+        "finite-masks",
     )
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
