@@ -199,7 +199,7 @@ def _clean(
     _fill(report, result, context, found)
     after = wide_edges(gm)
     report.wide_edges = {"before": before["edges"], "after": after["edges"], "forced": after["forced"]}
-    report.compiler_args = compiler_args(gm, target)
+    report.compiler_args = compiler_args(gm, target, context.float32_products)
     report.nodes["after"] = len(gm.graph.nodes)
     return boundaries[0], report
 

@@ -113,7 +113,7 @@ def expected_flags(target: Target) -> list[str]:
     """From the release notes, spelled out a second time."""
     release = SDKS.index(target.sdk)
     old_core, integers = target.name in ("inf2", "trn1"), release >= SDKS.index("2.32")
-    wanted = {"cast": True, "sum": target.sdk == "2.26", "inf": old_core, "wide": integers and not old_core, "down": integers}
+    wanted = {"cast": release < SDKS.index("2.27"), "sum": target.sdk == "2.26", "inf": old_core, "wide": integers and not old_core, "down": integers}
     return [flag for key, flag in FLAGS.items() if wanted[key]]
 
 
@@ -177,9 +177,9 @@ FOUR = {
 BOTH = {("NX301", "warning"), ("NX503", "error")}
 SAYS = {
     "trn1 2.26": (["cast", "sum", "inf"], {("NX502", "error"), ("NX510", "error")}, {"constraints.split-views"}),
-    "trn1 2.31": (["cast", "inf"], {("NX502", "error"), ("NX510", "error")}, {"constraints.split-views"}),
-    "trn2 2.32": (["cast", "wide", "down"], {("NX502", "warning"), ("NX506", "warning")}, set()),
-    "trn2 2.33": (["cast", "wide", "down"], {("NX502", "warning"), ("NX506", "warning")}, set()),
+    "trn1 2.31": (["inf"], {("NX502", "error"), ("NX510", "error")}, {"constraints.split-views"}),
+    "trn2 2.32": (["wide", "down"], {("NX502", "warning"), ("NX506", "warning")}, set()),
+    "trn2 2.33": (["wide", "down"], {("NX502", "warning"), ("NX506", "warning")}, set()),
 }
 
 
