@@ -19,6 +19,7 @@ from nxfx.capture.state import ModuleState
 from nxfx.capture.structure import flatten
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
 from nxfx.graph.walk import reshape_views
+from nxfx.lifting.tables import restore_tables
 from nxfx.observe.run import observe
 from nxfx.observe.settle import settle
 from nxfx.pipeline import PassContext, Pipeline, PipelineResult
@@ -48,6 +49,7 @@ def prepare(
     state_inputs: Sequence[str] = (),
     share_state: bool = True,
     final_weights: bool = True,
+    recompute_tables: bool = False,
     verify_each: bool = False,
     observer: Observer | None = None,
 ) -> PreparedModule:
@@ -74,6 +76,8 @@ def prepare(
         share_state: False works on a deep copy of the model.
         final_weights: False where what is in the ``state_dict`` gets its values after the compile (a checkpoint loaded by name): no
             proof rests on them then.
+        recompute_tables: where ``model.bfloat16()`` has rounded a table of frequencies (NX102), use what its module computes in
+            float32: its ``original_inv_freq``, its ``rope_init_fn``, or a module made like it; only where that, rounded, is the table.
         verify_each: check the graph's invariants after every pass (slow).
         observer: called as ``observer(pass_, graph_module, run)`` after each pass.
 
@@ -99,6 +103,9 @@ def prepare(
         found = take()
         if not final_weights:
             found.forget_values(model.state_dict().keys())
+        if recompute_tables:
+            rewrites, found.premises = restore_tables(found.graph_module, found.sources, model)
+            found.rewrites = [*found.rewrites, *rewrites]
         with without_autocast():
             boundary, report = _clean(found, take, pipeline, target, training, verify_each, observer)
         if not restore_outputs:
@@ -178,7 +185,7 @@ def _clean(
 ) -> tuple[Boundary, Report]:
     """Run the pipeline on a capture, hoist its boundary, write the report."""
     gm = found.graph_module
-    context = PassContext(target, found.sources, training)
+    context = PassContext(target, found.sources, training, premises=list(found.premises))
     report = Report(target.name, str(pipeline), sdk=target.sdk, captured_by=found.captured_by, timings=dict(found.timings))
     report.nodes["before"], before = len(gm.graph.nodes), wide_edges(gm)
     boundaries = []
@@ -199,7 +206,7 @@ def _clean(
     _fill(report, result, context, found)
     after = wide_edges(gm)
     report.wide_edges = {"before": before["edges"], "after": after["edges"], "forced": after["forced"]}
-    report.compiler_args = compiler_args(gm, target)
+    report.compiler_args = compiler_args(gm, target, context.float32_products)
     report.nodes["after"] = len(gm.graph.nodes)
     return boundaries[0], report
 
@@ -225,6 +232,13 @@ def _reproduce(error: PassError, again: Callable[[], Capture], pipeline: Pipelin
         error.args = (f"{error.args[0]}\n(no reproducer: {type(second).__name__}: {second})",)
 
 
+def _nan_like(expected: Any, actual: Any) -> Any:
+    """``actual`` with the nan of ``expected``: a row that is masked whole, which finite-masks makes finite (NX602)."""
+    pair = (expected, actual)
+    same = all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in pair) and expected.shape == actual.shape
+    return torch.where(expected.isnan(), expected.to(actual.dtype), actual) if same else actual
+
+
 def _verify(
     model: torch.nn.Module, prepared: PreparedModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, narrow_outputs: bool
 ) -> None:
@@ -244,6 +258,9 @@ def _verify(
         actual = prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs))
         if narrow_outputs:
             expected, actual = ([t.to(narrow(t.dtype)) for t in flatten(value).leaves] for value in (expected, actual))
+        if any(r.pass_name == "finite-masks" for r in report.rewrites):
+            expected, actual = flatten(expected).leaves, flatten(actual).leaves
+            actual = [_nan_like(*pair) for pair in zip(expected, actual, strict=True)] if len(expected) == len(actual) else actual
         floats = [t for t in flatten(expected).leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
         scale = max((float(t[torch.isfinite(t)].abs().max()) for t in floats if torch.isfinite(t).any()), default=1.0)
         epsilon = max((torch.finfo(t.dtype).eps for t in floats), default=0.0)

@@ -19,21 +19,39 @@ from nxfx.analysis.intervals import fits
 from nxfx.analysis.provenance import Role, Source
 from nxfx.errors import PrepareError, RangeError
 from nxfx.graph import meta
+from nxfx.real_pairs import REAL, crosses_as_pairs
 
 aten = torch.ops.aten
 Check = Literal["always", "first", "never"]
 
 
 def narrowed(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """``value`` in ``dtype`` (None: as it is). A finite float beyond float32 becomes its end: ``finfo(float64).min`` is no -inf."""
+    """``value`` in ``dtype`` (None: as it is). A finite float beyond float32 becomes its end: ``finfo(float64).min`` is no -inf.
+
+    Complex numbers in a real dtype are pairs along a new last dimension.
+    """
     if dtype is None or value.dtype == dtype:
         return value
+    if value.is_complex() and not dtype.is_complex:
+        return torch.view_as_real(value.resolve_conj()).to(dtype, copy=True)
     result = value.to(dtype)
     if value.dtype is torch.float64 and not isinstance(value, meta.FakeTensor):
         overflown = result.isinf() & value.isfinite()
         end = torch.finfo(dtype).max
         result = torch.where(overflown, torch.where(value > 0, end, -end).to(dtype), result)
     return result
+
+
+def widened(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of :func:`narrowed`: a twin as the model's own ``dtype`` again."""
+    if dtype.is_complex and not value.is_complex():
+        return torch.view_as_complex(value.contiguous()).to(dtype)
+    return value.to(dtype)
+
+
+def twin_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the graph's twin of a buffer: 32 bits for 64, real for complex."""
+    return REAL.get(dtype, narrow(dtype))
 
 
 _UNORDERED = (torch.uint16, torch.uint32, torch.uint64)  # no min and max kernels
@@ -119,7 +137,8 @@ class Boundary:
     Attributes:
         inputs: one rule per placeholder, in order.
         outputs: per output the dtype the model gives, None where the graph gives it already.
-        narrowed_buffers: fully qualified name → dtype of the model's own buffer; the graph holds a 32-bit twin.
+        narrowed_buffers: fully qualified name → dtype of the model's own buffer; the graph holds a twin in 32 bits, or in pairs of
+            real numbers for a complex one.
         largest_size: what a dynamic dimension may reach at most, None when no proof rests on that.
     """
 
@@ -210,7 +229,7 @@ def hoist(
             boundary.inputs.append(_hoist_input(graph, node, sources.get(node.name), requirements))
         elif node.op == "get_attr" and node.name in sources and sources[node.name].role is not Role.PARAMETER:
             wide = meta.dtype_of(node)
-            if wide is not None and _narrow_source(graph, node):
+            if wide is not None and (_narrow_source(graph, node) or _pair_source(graph, node)):
                 boundary.narrowed_buffers[sources[node.name].name] = wide
     _hoist_outputs(graph, boundary, set(keep_outputs), hoist_outputs)
     return boundary
@@ -229,6 +248,19 @@ def _narrow_source(graph: fx.Graph, node: fx.Node) -> bool:
     for user in list(node.users):
         user.replace_all_uses_with(node)
         graph.erase_node(user)
+    return True
+
+
+def _pair_source(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether a complex buffer is read as real numbers only; if so, the source holds these."""
+    if not crosses_as_pairs(node):
+        return False
+    value = meta.val(next(iter(node.users)))
+    for user in list(node.users):
+        user.replace_all_uses_with(node)
+        graph.erase_node(user)
+    node.meta["val"] = value
+    node.meta.pop("tensor_meta", None)
     return True
 
 

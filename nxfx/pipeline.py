@@ -53,6 +53,7 @@ class PassContext:
         requirements: input name → inclusive ``(low, high)`` that the boundary must enforce; passes add.
         is_body: the graph is the body of a higher-order op.
         assumed_sizes: dynamic dimensions that proofs take to stay below 2**31, which the boundary must enforce; passes add.
+        float32_products: node name → what it would cost to run this matrix product in a smaller type than float32; passes add.
     """
 
     target: Target = field(default_factory=lambda: get_target("trn2"))
@@ -62,6 +63,7 @@ class PassContext:
     requirements: dict[str, tuple[int, int]] = field(default_factory=dict)
     is_body: bool = False
     assumed_sizes: set[str] = field(default_factory=set)
+    float32_products: dict[str, str] = field(default_factory=dict)
 
     def for_body(self, operands: dict[str, Source]) -> PassContext:
         """The context for the body of a higher-order op, with what is known of its operands."""

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from nxfx import device as devices
-from nxfx.analysis.dtype_rules import integer_bounds, is_integral, narrow
-from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard, narrowed
+from nxfx.analysis.dtype_rules import integer_bounds, is_integral
+from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard, narrowed, twin_dtype
 from nxfx.capture.export import Capture, autocast_state, without_autocast
 from nxfx.capture.shell import Assigned, bind
 from nxfx.capture.standing import Standing
@@ -86,7 +86,7 @@ class CapturedCall:
         self._twins: dict[str, tuple[int, int]] = {}
         self._premise_stamps: dict[str, tuple[int, int]] = {}
         for name, dtype in boundary.narrowed_buffers.items():
-            own_buffer(self.graph_module, name, narrowed(self.model_buffer(name), narrow(dtype)))
+            own_buffer(self.graph_module, name, narrowed(self.model_buffer(name), twin_dtype(dtype)))
         owners = {name.rpartition(".")[0] for name in (*boundary.narrowed_buffers, *self.plain)}
         modules = dict(model.named_modules())
         self._owners = [path for path in owners if path in modules]

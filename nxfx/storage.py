@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis.provenance import Role, Source
-from nxfx.boundary import Boundary, InputRule
+from nxfx.boundary import Boundary, InputRule, widened
 from nxfx.capture.export import Capture
 from nxfx.capture.shell import Assigned, Convention
 from nxfx.capture.structure import Container, Leaf, Same, Static
@@ -160,7 +160,7 @@ def _rebuild(program: torch.export.ExportedProgram, extra: dict[str, Any]) -> Pr
     for name, (value, role) in attributes.items():
         wide = boundary.narrowed_buffers.get(name)
         if not name.startswith("_constants."):
-            skeleton.place(name, value if wide is None else value.to(wide), name not in non_persistent)
+            skeleton.place(name, value if wide is None else widened(value, wide), name not in non_persistent)
         own_buffer(graph_module, name, value) if role is not Role.PARAMETER else None
     skeleton.train(extra["training_mode"])
     _share(graph_module, skeleton, attributes, boundary)

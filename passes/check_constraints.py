@@ -9,6 +9,7 @@ from torch import fx
 from nxfx.constraints import integers, operators, pooling, values, views
 from nxfx.constraints.base import Checker
 from nxfx.pipeline import Pass, PassContext, PassResult
+from nxfx.real_pairs import crosses_as_pairs
 
 _RULES = {**operators.RULES, **integers.RULES, **pooling.RULES, **views.RULES}
 
@@ -52,9 +53,11 @@ class CheckConstraints(Pass):
     after: ClassVar[tuple[str, ...]] = (
         "mask-slice-writes",
         "lift-int-casts",
+        "complex-to-real",
         "narrow-64bit",
         "exact-integer-sums",
         "flag-value-dependence",
+        "finite-masks",
     )
 
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
@@ -71,6 +74,6 @@ class CheckConstraints(Pass):
                 values.check_sizes(check, node)
             if constants and node.op in ("placeholder", "get_attr"):
                 values.check_held_constant(check, node)
-            for dtype in values.dtypes_of(node):
+            for dtype in values.dtypes_of(node) if not crosses_as_pairs(node) else ():
                 values.check_dtype(check, node, dtype)
         return check.finish()

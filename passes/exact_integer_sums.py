@@ -103,7 +103,7 @@ class ExactIntegerSums(Pass):
             elif node.target in self.collectives:
                 self._collective(node, ranges, result, context.target)
             elif _is_exact(node, ranges):
-                self._in_fp32(node, build, result)
+                self._in_fp32(node, build, result, context)
             else:
                 dot = node.target in _DOTS
                 what, code = ("dot product", "NCC_EVRF035") if dot else ("scatter-add", "NCC_EVRF060")
@@ -113,14 +113,17 @@ class ExactIntegerSums(Pass):
         result.changed = bool(result.rewrites)
         return result
 
-    def _in_fp32(self, node: fx.Node, build: NodeBuilder, result: PassResult) -> None:
+    def _in_fp32(self, node: fx.Node, build: NodeBuilder, result: PassResult, context: PassContext) -> None:
         dtype = meta.dtype_of(node)
         assert dtype is not None and isinstance(node.target, torch._ops.OpOverload)
         with build.before(node):
             args = list(node.args)
             for place in _VALUES[node.target]:
                 args[place] = fx.node.map_arg(args[place], lambda n: build.cast(n, torch.float32))
-            back = build.cast(build.call(node.target, *args, **node.kwargs), dtype)
+            product = build.call(node.target, *args, **node.kwargs)
+            back = build.cast(product, dtype)
+        if node.target in _DOTS:
+            context.float32_products[product.name] = f"`{product.name}`, a product of integers, in bf16: wrong above 256"
         kind = "integer-dot" if node.target in _DOTS else "integer-scatter-add"
         before = str(dtype).removeprefix("torch.")
         result.rewrites.append(self.rewrite(node, f"sums.{kind}", Kind.EXACT, before, "float32, exact below 2^24"))

@@ -603,8 +603,12 @@ def test_a_report_is_one_per_graph_and_picklable() -> None:
 
 def test_a_report_carries_the_flags_that_the_inner_compiler_needs() -> None:
     weight = torch.randn(4, 4, requires_grad=True)
-    compiled(lambda x: x @ weight)(torch.randn(2, 4)).sum().backward()
-    assert "--auto-cast=none" in reports()[-1].compiler_args and "--native-int64=disabled" in reports()[-1].compiler_args
+    compiled(lambda x: x @ weight, sdk="2.26")(torch.randn(2, 4)).sum().backward()
+    assert "--auto-cast=none" in reports()[-1].compiler_args
+    compiled(lambda x: x @ weight + 1)(torch.randn(2, 4)).sum().backward()
+    assert "--native-int64=disabled" in reports()[-1].compiler_args
+    compiled(lambda p: nn.functional.linear(p.float(), weight.detach()))(torch.arange(3000, 3004))
+    assert "`mm`" in reports()[-1].compiler_args["--auto-cast=none"]
     compiled(lambda x: x * 2**40 + 1)(torch.tensor([3]))
     assert reports()[-1].compiler_args.keys() & {"--native-int64=enabled", "--native-int64=disabled"} == {"--native-int64=enabled"}
 

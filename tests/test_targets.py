@@ -113,7 +113,7 @@ def expected_flags(target: Target) -> list[str]:
     """From the release notes, spelled out a second time."""
     release = SDKS.index(target.sdk)
     old_core, integers = target.name in ("inf2", "trn1"), release >= SDKS.index("2.32")
-    wanted = {"cast": True, "sum": target.sdk == "2.26", "inf": old_core, "wide": integers and not old_core, "down": integers}
+    wanted = {"cast": release < SDKS.index("2.27"), "sum": target.sdk == "2.26", "inf": old_core, "wide": integers and not old_core, "down": integers}
     return [flag for key, flag in FLAGS.items() if wanted[key]]
 
 
@@ -162,7 +162,7 @@ class Mixed(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, low: torch.Tensor, ids: torch.Tensor) -> Any:
         left, right = self.linear(x).chunk(2, -1)
-        turned = torch.view_as_real(torch.polar(left, right))
+        turned = torch.view_as_real(1 / torch.polar(left, right))
         hashed = (ids * 2654435761) % 1024
         ordered = torch.sort(x.masked_fill(x > 0, float("-inf"))).values
         small = x.to(torch.float8_e4m3fn).to(torch.float32)
@@ -177,9 +177,9 @@ FOUR = {
 BOTH = {("NX301", "warning"), ("NX503", "error")}
 SAYS = {
     "trn1 2.26": (["cast", "sum", "inf"], {("NX502", "error"), ("NX510", "error")}, {"constraints.split-views"}),
-    "trn1 2.31": (["cast", "inf"], {("NX502", "error"), ("NX510", "error")}, {"constraints.split-views"}),
-    "trn2 2.32": (["cast", "wide", "down"], {("NX502", "warning"), ("NX506", "warning")}, set()),
-    "trn2 2.33": (["cast", "wide", "down"], {("NX502", "warning"), ("NX506", "warning")}, set()),
+    "trn1 2.31": (["inf"], {("NX502", "error"), ("NX510", "error")}, {"constraints.split-views"}),
+    "trn2 2.32": (["wide", "down"], {("NX502", "warning"), ("NX506", "warning")}, set()),
+    "trn2 2.33": (["wide", "down"], {("NX502", "warning"), ("NX506", "warning")}, set()),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,9 @@ from nxfx.analysis.float_ops import Family, dtype_of
 from nxfx.analysis.integer_origin import IntegerOrigins
 from nxfx.analysis.intervals import fits
 from nxfx.analysis.provenance import Premise, Source
+from nxfx.graph import meta, outer_products
+
+_MOST_MULTIPLICATIONS = 1 << 24
 
 
 def worth_spreading(origins: IntegerOrigins) -> list[fx.Node]:
@@ -25,6 +29,23 @@ def worth_spreading(origins: IntegerOrigins) -> list[fx.Node]:
             exact = [origins.exact.of(v) for v in member.values]
             if not all(e is not None and fits(e, (-limit, limit)) for e in exact):
                 found.append(node)
+    return found
+
+
+def worth_spreading_terms(origins: IntegerOrigins, most: int) -> list[fx.Node]:
+    """Products of integer-derived values and tables with two to ``most`` terms a sum, small enough for element-wise arithmetic.
+
+    Below 2**24 multiplications they are a small part of any model; above, a matrix engine is what they are for.
+    """
+    found = []
+    for node in origins.products:
+        count = outer_products.terms(node)
+        shape = meta.val(node).shape
+        if count is None or not 2 <= count <= most or any(origins.of(v) is None for v in node.args[:2]):
+            continue
+        sizes = [s for s in shape if type(s) is int]  # of a dynamic one nothing is known
+        if count * math.prod(sizes) <= _MOST_MULTIPLICATIONS:
+            found.append(node)
     return found
 
 

@@ -57,6 +57,20 @@ def written_constants(
     return found
 
 
+def constant_value(node: fx.Node, sources: Mapping[str, Source]) -> torch.Tensor | None:
+    """What ``node`` holds when it is made of constants only, by way of anything; None otherwise. On the CPU, at most 2**20 elements."""
+    made, order, seen, stack = _Made(sources), [], {node}, [node]
+    while stack:
+        current = stack.pop()
+        order.append(current)
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        stack += fresh
+        if current.op == "placeholder":
+            return None
+    return made.value(node) if all(made.of_constants(n) for n in sorted(order)) else None
+
+
 class _Made:
     def __init__(self, sources: Mapping[str, Source]) -> None:
         self._sources = sources

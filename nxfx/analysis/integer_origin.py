@@ -21,6 +21,7 @@ from nxfx.analysis.exact_integers import ExactIntegers, summed, times
 from nxfx.analysis.float_ops import (
     FAMILIES,
     LOOKUPS,
+    MATRIX_PRODUCTS,
     SENSITIVE,
     SEQUENCES,
     SUMS,
@@ -92,6 +93,7 @@ class IntegerOrigins:
         sensitive: members and sinks that magnify the rounding of an integer-derived operand.
         met: ``(node, integer operand)`` where integers are combined with an activation.
         exact: the members that are exact integers.
+        products: matrix products with an integer-derived factor that bf16 does not hold exactly.
     """
 
     def __init__(self, gm: fx.GraphModule, sources: Mapping[str, Source], ranges: Callable[[], Ranges]) -> None:
@@ -101,6 +103,7 @@ class IntegerOrigins:
         self.sinks: dict[fx.Node, None] = {}
         self.sensitive: list[fx.Node] = []
         self.met: list[tuple[fx.Node, fx.Node]] = []
+        self.products: list[fx.Node] = []
         self.exact = ExactIntegers(sources, functools.cache(ranges))
         self._tables: dict[fx.Node, Member | None] = {}
         for node in gm.graph.nodes:
@@ -108,6 +111,8 @@ class IntegerOrigins:
                 family = FAMILIES.get(node.target)
                 if family is not None:
                     self._admit(node, family)
+                if node.target in MATRIX_PRODUCTS and node not in self.members:
+                    self._note_product(node)
         for node, member in self.members.items():
             self._follow_rounding(node, member)
         for node in self.sinks:
@@ -171,6 +176,14 @@ class IntegerOrigins:
                 kind = dtype_of(value) if isinstance(value, fx.Node) else None
                 if dtype_rules.is_integral(kind) and kind is not torch.bool:
                     self.met.append((node, value))
+
+    def _note_product(self, node: fx.Node) -> None:
+        limit = dtype_rules.exact_integer(torch.bfloat16)
+        for value in node.all_input_nodes:
+            member = self.members.get(value)
+            if member is not None and member.integer and not fits(self.exact.of(value) or (0, limit + 1), (-limit, limit)):
+                self.products.append(node)
+                return
 
     # --- rounding ----------------------------------------------------------------------------------------------------
 

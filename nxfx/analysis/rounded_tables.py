@@ -32,14 +32,14 @@ def rounded_table_errors(origins: IntegerOrigins, sources: Mapping[str, Source])
     The error is that of the function's value over the known range of the integers, at most 2.
     """
     worst: dict[fx.Node, tuple[fx.Node, torch.dtype, float]] = {}
-    rounded_to = functools.cache(lambda table: _rounded_to(sources[table.name].value, dtype_of(table)))
+    low_of = functools.cache(lambda table: rounded_to(sources[table.name].value, dtype_of(table)))
     for node in (*origins.members, *origins.sinks):
         if node.target not in PERIODIC:
             continue
         angle = node.args[-1]  # of polar the second argument, of the others the only one
         member = origins.of(angle)
         for table in member.tables if member is not None else ():
-            low = rounded_to(table)
+            low = low_of(table)
             if low is None:
                 continue
             error = _Error(origins, table, low).of(angle)[1]
@@ -50,7 +50,7 @@ def rounded_table_errors(origins: IntegerOrigins, sources: Mapping[str, Source])
         yield node, sources[table.name], low, error
 
 
-def _rounded_to(value: torch.Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
+def rounded_to(value: torch.Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
     """The low-precision dtype that ``value`` was rounded to, None when it seems to be exact.
 
     Entries that would do with two bits less (powers of two) tell nothing, and neither do multiples of one step that the

@@ -337,7 +337,7 @@ class _Job:
             for rule in boundary.inputs:
                 rule.low = rule.high = None
         constants = _take_constant_outputs(gm)
-        self.report.compiler_args = together(self.report.compiler_args, compiler_args(gm, self.target))
+        self.report.compiler_args = together(self.report.compiler_args, compiler_args(gm, self.target, self.context.float32_products))
         gm.recompile()
         limited = self.limits if stage != "backward" else {}
         limits = [(i, limited[n.name]) for i, n in enumerate(placeholders) if n.name in limited]

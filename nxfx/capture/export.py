@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral
-from nxfx.analysis.provenance import Role, Source
+from nxfx.analysis.provenance import Premise, Role, Source
 from nxfx.capture import branches, errors, normalise
 from nxfx.capture.frames import whole_traces
 from nxfx.capture.interception import Session, interception
@@ -52,6 +52,7 @@ class Capture:
         captured_by: ``"non-strict"`` or ``"strict"``.
         plain_tensors: name → where the model keeps a tensor that is not registered.
         state_inputs: input leaf that became a buffer → name of that buffer.
+        premises: what the graph rests on before any pass.
     """
 
     graph_module: fx.GraphModule
@@ -66,6 +67,7 @@ class Capture:
     captured_by: str = "non-strict"
     plain_tensors: dict[str, Any] = field(default_factory=dict)
     state_inputs: dict[str, str] = field(default_factory=dict)
+    premises: list[Premise] = field(default_factory=list)
 
     def forget_values(self, names: Iterable[str]) -> None:
         """The parameters and buffers called ``names`` will hold other values: nothing may be proved from the present ones."""

@@ -48,6 +48,33 @@ def spread(build: NodeBuilder, node: fx.Node) -> fx.Node:
     return product
 
 
+def terms(node: fx.Node) -> int | None:
+    """How many terms each sum of a matrix product adds; None where that is dynamic, or for an einsum or a vector."""
+    if node.target not in PRODUCTS or node.target is aten.einsum.default:
+        return None
+    a, b = (meta.val(n) if isinstance(n, fx.Node) else None for n in node.args[:2])
+    if a is None or b is None or a.dim() < 2 or b.dim() < 2 or not a.dtype == b.dtype == meta.dtype_of(node):
+        return None
+    return a.shape[-1] if type(a.shape[-1]) is int else None
+
+
+def spread_terms(build: NodeBuilder, node: fx.Node) -> fx.Node:
+    """Replace a matrix product with few terms a sum by the sum of as many broadcast products, in order."""
+    a, b = node.args[:2]
+    total: fx.Node | None = None
+    with build.before(node):
+        for k in range(terms(node) or 0):
+            column = build.call(aten.slice.Tensor, a, -1, k, k + 1)
+            row = build.call(aten.slice.Tensor, b, -2, k, k + 1)
+            total = build.call(aten.mul.Tensor, column, row) if total is None else build.call(aten.addcmul.default, total, column, row)
+        assert total is not None
+        if str(meta.val(total).stride()) != str(meta.val(node).stride()):
+            total = build.call(aten.clone.default, total, memory_format=torch.contiguous_format)
+    node.replace_all_uses_with(total)
+    build.graph.erase_node(node)
+    return total
+
+
 def _is_one(size: object) -> bool:
     return type(size) is int and size == 1
 

@@ -64,6 +64,7 @@ CODES: dict[str, str] = {
     "NX550": "an option of yours overrides what the graph needs",
     # NX6xx masks and infinities
     "NX601": "minus infinity in an additive mask",
+    "NX602": "a row that a mask leaves out whole",
 }
 
 

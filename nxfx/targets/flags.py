@@ -1,10 +1,10 @@
-"""Which neuronx-cc flags a graph needs, and why. Each depends on the table of facts, none on what the compiler's default may be."""
+"""Which neuronx-cc flags a graph needs, and why. Each depends on the graph and the table of facts."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,8 +31,13 @@ _ACCUMULATE = frozenset(
 )  # fmt: skip
 
 
-def compiler_args(graph_module: fx.GraphModule, target: Target) -> dict[str, str]:
+def compiler_args(graph_module: fx.GraphModule, target: Target, float32_products: Mapping[str, str] | None = None) -> dict[str, str]:
     """Flag → why this graph is to be compiled with it on ``target``.
+
+    Args:
+        float32_products: node name → what it would cost to run this matrix product in a smaller type, as the passes found.
+
+    ``--auto-cast=none`` is for these, and for any float32 matrix product where the SDK's default would round it.
 
     The two integer flags are always there where the SDK has them: whether their defaults changed after SDK 2.32 is not
     established. Every flag here is legal for the target and its SDK.
@@ -43,9 +48,12 @@ def compiler_args(graph_module: fx.GraphModule, target: Target) -> dict[str, str
     for node in _calls(graph_module):
         counts.update(_needs(node))
     flags: dict[str, str] = {}
-    if counts["fp32 matmul"]:
-        when = f"the default of SDK {target.sdk}" if target.auto_cast == "matmult" else "the default before SDK 2.27"
-        flags["--auto-cast=none"] = f"{_number(counts['fp32 matmul'], 'fp32 matmul')}: `matmult`, {when}, would compute them in bf16"
+    if float32_products:
+        costs = list(float32_products.values())
+        flags["--auto-cast=none"] = "; ".join(costs[:3]) + (f"; and {len(costs) - 3} more" if len(costs) > 3 else "")
+    elif counts["fp32 matmul"] and target.auto_cast == "matmult":
+        what = _number(counts["fp32 matmul"], "fp32 matmul")
+        flags["--auto-cast=none"] = f"{what}: `matmult`, the default of SDK {target.sdk}, would compute them in bf16"
     if counts["low-precision sum"] and not target.fp32_accumulation:
         what = _number(counts["low-precision sum"], "sum of bf16 or fp16 values", "sums of bf16 or fp16 values")
         flags["--enable-mixed-precision-accumulation"] = f"{what}: fp32 accumulation is not the default before SDK 2.27"

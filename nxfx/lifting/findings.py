@@ -1,0 +1,93 @@
+"""What lift-int-casts leaves as it is, and says: integers that stay rounded, tables that were, products that an auto-cast would round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from nxfx.analysis import dtype_rules, ranges
+from nxfx.analysis.float_ops import FAMILIES, METADATA, PERIODIC, Family, dtype_of, op_name
+from nxfx.analysis.integer_origin import Entry, IntegerOrigins
+from nxfx.analysis.provenance import Source
+from nxfx.analysis.rounded_tables import rounded_table_errors
+from nxfx.lifting.edits import Lift
+from nxfx.lifting.words import described, exact_limit, short
+from nxfx.report.findings import Finding, Severity
+from nxfx.report.locations import locate
+
+
+def kept(origins: IntegerOrigins, lift: Lift) -> list[Finding]:
+    """Integers that are still rounded, and why."""
+    found = []
+    for node, entry in origins.entries.items():
+        if not any(user.target not in METADATA for user in node.users):
+            continue
+        if entry.mask:
+            found.append(_rounded(node, entry, "is taken for a 0/1 mask, since it is used as 1 - x", origins))
+        elif node in lift.left or node not in lift.raised:
+            what = f"is rounded to {short(dtype_of(node))} as it meets an activation"
+            found.append(_rounded(node, entry, what, origins))
+    for node, integer in origins.met:
+        low = next((d for d in map(dtype_of, node.all_input_nodes) if dtype_rules.is_low_precision(d)), None)
+        if node in lift.compared or low is None or dtype_of(node) not in (low, torch.bool):
+            continue
+        bounds, proved = origins.exact.bounds(integer)
+        if not ranges.fits(bounds, (-exact_limit(low), exact_limit(low))):
+            what = f"is rounded to {short(low)} as {op_name(node)} promotes it with an activation"
+            found.append(_rounded(node, Entry(integer, bounds, proved), what, origins))
+    return found
+
+
+def _rounded(node: fx.Node, entry: Entry, what: str, origins: IntegerOrigins) -> Finding:
+    severity = Severity.WARNING if entry.proved else Severity.INFO
+    fix = "combine them in float32 and cast the result"
+    if not entry.proved and entry.integer is not None:
+        fix = f"declare what it can be, e.g. ranges={{{origins.exact.culprit(entry.integer) or 'input'!r}: (0, 1)}}"
+    return Finding.at(node, "NX101", severity, f"{described(entry)} {what}", fix)
+
+
+def early(origins: IntegerOrigins, lift: Lift) -> list[Finding]:
+    """Periodic functions of what was combined with an activation in low precision."""
+    found: dict[fx.Node, Finding] = {}
+    for node in (*lift.meetings, *(n for n, _ in origins.met)):
+        is_low = FAMILIES.get(node.target) is Family.COMPUTE and dtype_rules.is_low_precision(dtype_of(node))
+        pending = list(node.users)[:8] if is_low else []
+        for user in pending:
+            if user.target in PERIODIC:
+                low = short(dtype_of(node))
+                message = f"{low} rounds positions combined with an activation before {op_name(user)}"
+                fix = "cast the activation to float32 before it is combined with positions, and back after that"
+                found[user] = Finding.at(user, "NX103", Severity.WARNING, message, fix)
+            elif FAMILIES.get(user.target) is Family.MOVE and len(pending) < 32:
+                pending += list(user.users)[:8]
+    return list(found.values())
+
+
+def tables(origins: IntegerOrigins, sources: Mapping[str, Source]) -> list[Finding]:
+    found = []
+    for node, source, low, error in rounded_table_errors(origins, sources):
+        severity = Severity.WARNING if error > 0.01 else Severity.INFO
+        message = f"{source.name!r} was rounded to {short(low)}: {op_name(node)} is off by up to {error:.2g}"
+        fix = f"keep {source.name!r} in float32: .bfloat16() and .half() round it; compute it again after that"
+        found.append(Finding.at(node, "NX102", severity, message, fix))
+    return found
+
+
+def float32_products(origins: IntegerOrigins) -> dict[str, str]:
+    """Matrix products that have to run in float32, by node name, and what a smaller type would cost: integers that bf16 rounds."""
+    found = {}
+    for node in origins.products:
+        if dtype_of(node) is not torch.float32:
+            continue
+        bounds = [origins.exact.of(v) for v in node.all_input_nodes if (m := origins.members.get(v)) is not None and m.integer]
+        largest = max((max(map(abs, b)) for b in bounds if b is not None), default=None)
+        cost = "an integer-derived factor would be off by one part in 512"
+        if largest is not None:
+            step = 2 ** (largest.bit_length() - 8)
+            cost = f"integers up to {largest} would be off by up to {max(step // 2, 1)}"
+        where = locate(node)
+        line = f" at {where.file}:{where.line}" if where.file else ""
+        found[node.name] = f"`{op_name(node)}` ({node.name}{line}) in bf16: {cost}"
+    return found

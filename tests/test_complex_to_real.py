@@ -1,0 +1,168 @@
+"""complex-to-real: pairs of real numbers compute what complex ones do; what cannot be a pair stays, whole, and is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import assert_invariants, golden, graph_of, run_passes
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import nxfx
+from nxfx.real_pairs import is_complex
+from nxfx.report.rewrites import Kind
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(2, 6, 4, 8, generator=GENERATOR)
+ANGLES = torch.randn(6, 4, generator=GENERATOR) * 30
+Z = torch.randn(6, 4, 2, generator=GENERATOR)
+
+
+def rotated(x: Tensor, turn: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turn).flatten(-2).type_as(x)
+
+
+PROGRAMS: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "polar": lambda x, a, z: rotated(x, torch.polar(torch.ones_like(a), a)[:, None]),
+    "polar-of-a-size": lambda x, a, z: rotated(x, torch.polar(a.abs(), a)[:, None]),
+    "exp-of-imaginary": lambda x, a, z: rotated(x, torch.exp(1j * a)[:, None]),
+    "exp-of-complex": lambda x, a, z: rotated(x, torch.exp(torch.complex(a * 0.01, a))[:, None]),
+    "exp-of-a-zero-real-part": lambda x, a, z: rotated(x, torch.exp(torch.complex(torch.zeros_like(a), a))[:, None]),
+    "complex-of-cos-and-sin": lambda x, a, z: rotated(x, torch.complex(a.cos(), a.sin())[:, None]),
+    "conjugate": lambda x, a, z: rotated(x, torch.polar(torch.ones_like(a), a).conj()[:, None]),
+    "bf16": lambda x, a, z: rotated(x.bfloat16(), torch.polar(torch.ones_like(a), a)[:, None]),
+    "views": lambda x, a, z: torch.view_as_real(torch.view_as_complex(z).t().reshape(2, 12)[:, 3:].unsqueeze(0).expand(2, 2, 9).permute(1, 2, 0)),
+    "index": lambda x, a, z: torch.view_as_real(torch.view_as_complex(z)[torch.tensor([5, 0, 0])]),
+    "cat-and-stack": lambda x, a, z: torch.view_as_real(torch.cat([torch.view_as_complex(z), torch.polar(a, a)]).repeat(2, 1)),
+    "sum": lambda x, a, z: torch.view_as_real(torch.view_as_complex(z) + torch.polar(a, a) - 2.5),
+    "scalars": lambda x, a, z: torch.view_as_real((torch.view_as_complex(z) * (0.5 - 2j) + 1j) / 3.0),
+    "real-times-complex": lambda x, a, z: torch.view_as_real(a * torch.view_as_complex(z) / (a.abs() + 1)),
+    "negative": lambda x, a, z: torch.view_as_real(-torch.view_as_complex(z)),
+    "real-and-imag": lambda x, a, z: (torch.polar(a, a).real * 2, torch.polar(a, a).imag + 1),
+    "abs-and-angle": lambda x, a, z: (torch.view_as_complex(z).abs(), torch.view_as_complex(z).angle()),
+    "double": lambda x, a, z: torch.view_as_real(torch.polar(a.double(), a.double()) * torch.view_as_complex(z.double())),
+    "through-complex64": lambda x, a, z: torch.view_as_real(torch.polar(a.double(), a.double()).to(torch.complex64) * torch.view_as_complex(z)),
+    "from-real": lambda x, a, z: torch.view_as_real(a.to(torch.complex64) * torch.view_as_complex(z)),
+    "broadcast": lambda x, a, z: torch.view_as_real(torch.view_as_complex(z)[None] + torch.polar(torch.ones_like(a), a)[:, None]),
+}
+
+
+def converted(model: Any, args: Sequence[Any]) -> Any:
+    before, after = graph_of(model, args), graph_of(model, args)
+    result = run_passes(after, "complex-to-real")
+    assert_invariants(after)
+    assert not run_passes(after, "complex-to-real").changed
+    return before, after, result
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_pairs_compute_what_complex_numbers_do(program: str) -> None:
+    before, after, result = converted(PROGRAMS[program], (X, ANGLES, Z))
+    assert {(r.rule, r.kind) for r in result.rewrites} == {("complex.pairs", Kind.REFINES)}
+    assert not any(map(is_complex, after.gm.graph.nodes)), golden(after)
+    for was, is_ in zip(before(X, ANGLES, Z), after(X, ANGLES, Z), strict=True):
+        assert was.dtype == is_.dtype and was.shape == is_.shape
+        assert (was - is_).abs().max() <= 4 * torch.finfo(was.dtype).eps * was.abs().max().clamp(min=1)
+
+
+def test_it_refines() -> None:
+    """Against float64, mean and 99.9th percentile over 32 inputs are at most 1.02 times eager's."""
+    model = PROGRAMS["polar"]
+    before, after, _ = converted(model, (X, ANGLES, Z))
+    worse: list[list[Tensor]] = [[], []]
+    for seed in range(32):
+        generator = torch.Generator().manual_seed(seed)
+        x, a = torch.randn(X.shape, generator=generator), torch.randn(ANGLES.shape, generator=generator) * 1000
+        pairs = torch.view_as_complex(x.double().reshape(2, 6, 4, 4, 2))
+        truth = torch.view_as_real(pairs * torch.polar(torch.ones_like(a).double(), a.double())[:, None]).flatten(-2)
+        for kept, captured in zip(worse, (before, after), strict=True):
+            kept.append((captured(x, a, Z)[0].double() - truth).abs())
+    eager, pair = (torch.stack(errors) for errors in worse)
+    assert pair.mean() <= 1.02 * eager.mean()
+    assert pair.flatten().quantile(0.999) <= 1.02 * eager.flatten().quantile(0.999)
+
+
+LEFT: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "fft": lambda x, a, z: torch.fft.fft(a).abs(),
+    "complex-output": lambda x, a, z: torch.polar(a, a),
+    "matmul": lambda x, a, z: torch.view_as_real(torch.view_as_complex(z) @ torch.view_as_complex(z).t()),
+    "complex-divisor": lambda x, a, z: torch.view_as_real(torch.view_as_complex(z) / torch.polar(a.abs() + 1, a)),
+}
+
+
+@pytest.mark.parametrize("program", LEFT)
+def test_what_cannot_be_pairs_is_left_whole_and_reported(program: str) -> None:
+    before, after, result = converted(LEFT[program], (X, ANGLES, Z))
+    assert not result.changed and golden(before) == golden(after)
+    assert "NX502" in [f.code for f in run_passes(after, "check-constraints").findings]
+
+
+def test_one_part_of_a_graph_is_converted_without_another() -> None:
+    def model(x: Tensor, a: Tensor, z: Tensor) -> Any:
+        return PROGRAMS["polar"](x, a, z), torch.fft.fft(a).abs()
+
+    _, after, result = converted(model, (X, ANGLES, Z))
+    assert len(result.rewrites) == 1
+    assert [n.target for n in after.gm.graph.nodes if is_complex(n)] and "aten.polar.default" not in after.ops()
+
+
+class Rotary(nn.Module):
+    """Llama's own: a table of complex numbers, as a buffer or as a plain attribute."""
+
+    def __init__(self, how: str, dtype: torch.dtype = torch.complex64) -> None:
+        super().__init__()
+        angles = torch.outer(torch.arange(64).double(), 10000.0 ** -(torch.arange(4) / 4))
+        table = torch.polar(torch.ones_like(angles), angles).to(dtype)
+        if how == "plain":
+            self.freqs_cis = table
+        else:
+            self.register_buffer("freqs_cis", table, persistent=how == "persistent")
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Tensor:
+        return rotated(x, self.freqs_cis[position_ids][:, None].to(torch.complex64))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("how", ["plain", "persistent", "non-persistent"])
+def test_a_complex_buffer_enters_the_graph_as_a_real_one(how: str, dtype: torch.dtype) -> None:
+    model, args = Rotary(how, dtype), (X, torch.tensor([3, 60, 0, 1, 63, 7]))
+    prepared = nxfx.prepare(model, args, target="trn1", sdk="2.31", verify=True)
+    assert "NX502" not in [f.code for f in prepared.report.findings]
+    assert not any(map(is_complex, prepared.graph_module.graph.nodes))
+    held = [*prepared.graph_module.buffers(), *prepared.graph_module.parameters()]
+    assert held and not any(t.is_complex() for t in held)
+    assert (prepared(*args) - model(*args)).abs().max() < 1e-6
+    with torch.no_grad():
+        model.freqs_cis.mul_(1j)  # the twin follows
+    assert (prepared(*args) - model(*args)).abs().max() < 1e-6
+
+
+def test_a_prepared_complex_table_survives_a_file(tmp_path: Path) -> None:
+    model, args = Rotary("persistent"), (X, torch.tensor([3, 60, 0, 1, 63, 7]))
+    prepared = nxfx.prepare(model, args)
+    prepared.save(tmp_path / "rotary.pt2")
+    loaded = nxfx.load(tmp_path / "rotary.pt2")
+    assert torch.equal(loaded(*args), prepared(*args))
+
+
+def test_integer_positions_stay_exact_into_the_pairs() -> None:
+    """bf16 positions into a polar: lifted first, then real."""
+
+    def model(x: Tensor, position_ids: Tensor) -> Tensor:
+        angles = torch.outer(position_ids.to(torch.bfloat16), (10000.0 ** -(torch.arange(4) / 4)).to(torch.bfloat16))
+        return rotated(x, torch.polar(torch.ones_like(angles, dtype=torch.float32), angles.float())[:, None])
+
+    positions = torch.arange(30000, 30006)
+    captured = graph_of(model, (X, positions))
+    result = run_passes(captured, "lift-int-casts", "complex-to-real")
+    assert {"lift.cast", "complex.pairs"} <= {r.rule for r in result.rewrites}
+    exact = positions.double()[:, None] * 10000.0 ** -(torch.arange(4).double() / 4)
+    pairs = torch.view_as_complex(X.double().reshape(2, 6, 4, 4, 2))
+    truth = torch.view_as_real(pairs * torch.polar(torch.ones_like(exact), exact)[:, None]).flatten(-2)
+    (found,) = pytree.tree_leaves(captured(X, positions))
+    assert (found - truth).abs().max() < 0.02 < (model(X, positions) - truth).abs().max()
