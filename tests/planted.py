@@ -284,7 +284,9 @@ class Verdict:
         return f"{mark} {self.model:<14} {self.fault:<22} {self.planted} → {self.blamed or 'nobody'} ({self.cause}, {self.blamed_line})"
 
 
-def plant(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fault: str, pipeline: str | None = None) -> tuple[PreparedModule, str] | None:
+def plant(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], fault: str, pipeline: str | None = None
+) -> tuple[PreparedModule, str] | None:
     """A prepared model with ``fault`` in its graph, and the node at fault; None where the graph has no place for it."""
     prepared = nxfx.prepare(model, args, kwargs, pipeline=pipeline)
     before = run(prepared, (args, kwargs))
@@ -321,18 +323,37 @@ def corpus_models(names: tuple[str, ...] = CORPUS_MODELS, dtype: torch.dtype = t
     return {name: BY_NAME[name].build(dtype) for name in names}
 
 
+CLEAN_MODELS = ("mixtral", "qwen3", "gemma", "gpt_neox", "opt", "roberta", "distilbert", "bart", "convnext", "mamba")
+
+
+def planted_set() -> list[Verdict]:
+    """Every fault that finds a place in each of ten models, and has an effect there."""
+    models = {**{n: (m, a, {}) for n, (m, a) in small_models().items()}, **{n: (m, (), k) for n, (m, k) in corpus_models(CORPUS_MODELS[:7]).items()}}
+    return [v for name, (model, args, kwargs) in models.items() for fault in FAULTS if (v := ask(name, model, args, kwargs, fault)) is not None]
+
+
+def clean_set() -> dict[str, Any]:
+    """Model → whom localisation blames in its prepared form: nobody, in twenty models, half of them in bf16."""
+    found = {}
+    models = {**corpus_models(CORPUS_MODELS), **{f"{n} bf16": pair for n, pair in corpus_models(CLEAN_MODELS, torch.bfloat16).items()}}
+    for name, (model, kwargs) in models.items():
+        report = nxfx.verify(model, None, (), kwargs=kwargs, localise=True)
+        found[name] = report.localisation.first if report.localisation is not None else "not localised"
+        if not report.ok:
+            found[name] = found[name] or report.summary()
+    return found
+
+
 def main() -> None:
-    """The whole set: 30 faults over 10 models, 20 clean models."""
+    """The whole set, with figures."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    models = {**{n: (m, a, {}) for n, (m, a) in small_models().items()}, **{n: (m, (), k) for n, (m, k) in corpus_models(CORPUS_MODELS[:7]).items()}}
-    verdicts = []
-    for name, (model, args, kwargs) in models.items():
-        found = [v for fault in FAULTS if (v := ask(name, model, args, kwargs, fault)) is not None]
-        for verdict in found:
-            print(verdict, flush=True)
-        verdicts += found
-    print(f"planted {len(verdicts)} faults in {len(models)} models: {sum(v.hit for v in verdicts)} localised to the exact node")
+    verdicts = planted_set()
+    print(*verdicts, sep="\n")
+    print(f"planted {len(verdicts)} faults in 10 models: {sum(v.hit for v in verdicts)} localised to the exact node", flush=True)
+    clean = clean_set()
+    blamed = {name: first for name, first in clean.items() if first is not None}
+    print(f"{len(clean)} clean models: an innocent op blamed in {len(blamed)}", *blamed.items(), sep="\n")
 
 
 if __name__ == "__main__":

@@ -269,8 +269,9 @@ class _Script:
     def _context(self) -> Iterator[str]:
         target = self.context.target
         yield f"g.context(target={target.name!r}, sdk={target.sdk!r}, training={self.context.training})"
+        there = {n.name for n in self.gm.graph.nodes}
         for node, source in self.context.sources.items():
-            known = source.value is not None
+            known = source.value is not None and node in there
             yield (
                 f"g.source({node!r}, {source.name!r}, {source.role.value!r}, "
                 f"known={known}, mutated={source.mutated}, range={source.range!r})"

@@ -245,7 +245,8 @@ class _Sweep:
                 self.result.first = self._search(node, found, inherited)
             else:
                 self.result.others.append(self._blame(self._theirs(node), node, found, inherited))
-        grown = [e for e in self.result.along if e.amplification is not None and e.amplification > 4]
+        guilty = {node.name for node, _ in self.found}
+        grown = [e for e in self.result.along if e.amplification is not None and e.amplification > 4 and e.node not in guilty]
         self.result.amplifiers = sorted(grown, key=lambda e: -(e.amplification or 0.0))[:_SHOWN]
 
     def _theirs(self, node: fx.Node) -> fx.Node:

@@ -34,9 +34,26 @@ def match(original: fx.GraphModule, candidate: fx.GraphModule) -> Matching:
             found[node] = attributes[str(node.target)]
     computed = [n for n in original.graph.nodes if n.op == "call_function"]
     named = {n: theirs[n.name] for n in computed if n.name in theirs and _same_node(n, theirs[n.name])}
+    found |= _results(original, candidate, set(named) | set(found), set(named.values()) | set(found.values()))
     if 2 * len(named) >= len(computed):
         return found | named
     return found | _aligned(computed, [n for n in candidate.graph.nodes if n.op == "call_function"])
+
+
+def _results(original: fx.GraphModule, candidate: fx.GraphModule, ours_known: set[fx.Node], theirs_known: set[fx.Node]) -> Matching:
+    """The nodes that stand for the same result, where nothing else tells."""
+    ours, theirs = _returned(original), _returned(candidate)
+    pairs = zip(ours, theirs, strict=True) if len(ours) == len(theirs) else ()
+    return {
+        one: other
+        for one, other in pairs
+        if isinstance(one, fx.Node) and isinstance(other, fx.Node) and one not in ours_known and other not in theirs_known
+    }
+
+
+def _returned(graph_module: fx.GraphModule) -> list[Any]:
+    (output,) = graph_module.graph.find_nodes(op="output")
+    return list(output.args[0]) if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
 
 
 def _same_node(one: fx.Node, other: fx.Node) -> bool:
