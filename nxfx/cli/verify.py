@@ -41,6 +41,9 @@ def run(request: Request) -> VerifyReport:
         NxfxError: the model or a pass failed.
     """
     target = get_target(request.target, request.sdk)
+    for path in (request.candidate if request.candidate and _is_outputs(request.candidate) else None, request.captures):
+        if path is not None and not Path(path).exists():  # before the model is loaded
+            raise UsageError(f"no such file: {path}")
     pipeline = Pipeline.default(target) if request.pipeline is None else Pipeline.parse(request.pipeline)
     with console.progress() as progress:
         progress(f"loading {request.spec}")
@@ -78,7 +81,11 @@ def _candidate(text: str | None) -> Any:
     """A file by its path, anything else by its SPEC."""
     if text is None:
         return None
-    if Path(text).suffix in (".pt", ".pth", ".npz", ".npy"):
+    if _is_outputs(text):
         return text
     loaded = specs.load(text)
     return loaded.prepared if loaded.prepared is not None else loaded.model
+
+
+def _is_outputs(text: str) -> bool:
+    return Path(text).suffix in (".pt", ".pth", ".npz", ".npy")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from nxfx.graph.attributes import share_registries
+
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A graph module with the same nodes (names, ``meta``) and the same tensor objects, whose graph can be edited on its own.
@@ -12,8 +14,8 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     The bodies of higher-order ops are copied too.
     """
     made = fx.GraphModule(torch.nn.Module(), fx.Graph())
-    for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        made.__dict__[registry] = dict(graph_module.__dict__[registry]) if registry == "_modules" else graph_module.__dict__[registry]
+    share_registries(made, graph_module)
+    made.__dict__["_modules"] = dict(graph_module._modules)
     for name, child in graph_module.named_children():
         if isinstance(child, fx.GraphModule):
             made.__dict__["_modules"][name] = copy_graph(child)
