@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from nxfx.report import Finding, Location, Report, Rewrite, ValueSite
     from nxfx.storage import load
     from nxfx.targets import Target
+    from nxfx.verification.report import VerifyReport
+    from nxfx.verification.verify import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError", "CompilerError", "Finding", "Location", "NeuronNotFound", "NxfxError", "Pass", "PassContext", "PassError",
     "PassResult", "Pipeline", "PrepareError", "PreparedModule", "RangeError", "Report", "Rewrite", "Target", "TracedModule",
-    "UsageError", "ValueSite", "WarmUp", "check", "compile", "load", "prepare", "reports", "trace", "warmup",
+    "UsageError", "ValueSite", "WarmUp", "check", "compile", "load", "prepare", "reports", "trace", "verify", "VerifyReport", "warmup",
 ]  # fmt: skip
 
 _WHERE = {
@@ -33,6 +35,7 @@ _WHERE = {
     "reports": "nxfx.capture.dynamo", "trace": "nxfx.handoff.neuron", "TracedModule": "nxfx.handoff.neuron",
     "warmup": "nxfx.latency", "WarmUp": "nxfx.latency",
     "Target": "nxfx.targets", "ValueSite": "nxfx.report",
+    "verify": "nxfx.verification.verify", "VerifyReport": "nxfx.verification.report",
 }  # fmt: skip
 
 

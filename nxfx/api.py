@@ -10,20 +10,17 @@ from typing import Any, get_args
 import torch
 
 from nxfx import reproducer
-from nxfx.analysis.dtype_rules import narrow
 from nxfx.analysis.intervals import INT32
 from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, hoist
 from nxfx.capture.export import Capture, capture, without_autocast
-from nxfx.capture.state import ModuleState
-from nxfx.capture.structure import flatten
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
 from nxfx.graph.walk import reshape_views
 from nxfx.lifting.tables import restore_tables
 from nxfx.observe.run import observe
 from nxfx.observe.settle import settle
 from nxfx.pipeline import PassContext, Pipeline, PipelineResult
-from nxfx.prepared import CapturedCall, PreparedModule
+from nxfx.prepared import CapturedCall, PreparedModule, Recipe
 from nxfx.report import Finding, Report, Severity
 from nxfx.targets import Target, get_target
 from nxfx.targets.flags import compiler_args
@@ -66,7 +63,9 @@ def prepare(
             enforced on each call.
         dynamic_shapes: as for ``torch.export.export``, keyed by the parameter names of ``forward``.
         strict: turn error findings into :class:`~nxfx.errors.PrepareError`.
-        verify: run model and result on the example and compare strictly before returning.
+        verify: run model and result on the example and on inputs like it that hold what breaks rewrites (ends of ranges, nan and
+            infinities, other sizes where they are dynamic), and the graph before and after each pass; ``report.certificate`` tells what was
+            run. Needs example arguments.
         training: keep gradients; without it calls run under ``no_grad``.
         check: when the boundary checks integer ranges: ``"always"`` (host tensors), ``"first"`` or ``"never"``. With ``"never"`` a
             value outside its range wraps, as in every layer below.
@@ -83,7 +82,7 @@ def prepare(
 
     Raises:
         CaptureError: names the construct that cannot be captured and the user's line.
-        PrepareError: strict mode found errors, or verification found a difference.
+        PrepareError: strict mode found errors, or verification found a difference; names the pass, the node and a reproducer.
         PassError: a pass failed; names it, the node and the user's line.
         RangeError: an example value lies outside its range.
         UsageError: unknown target, SDK release, pass, option or range name.
@@ -111,15 +110,20 @@ def prepare(
         if not restore_outputs:
             boundary.leave_narrow(found.convention.output_count)
         call = CapturedCall(model, found, boundary, report, check=check, training=training)
+        call.recipe = Recipe(take, pipeline, target, training)
         if strict and call.report.errors:
             raise PrepareError(f"{len(call.report.errors)} error findings\n{call.report}", call.report)
         return call
 
     prepared = PreparedModule(model, captured, training=training)
     if args is not None or kwargs is not None:
-        prepared.capture(*(args or ()), **(kwargs or {}))
+        call = prepared.capture(*(args or ()), **(kwargs or {}))
         if verify:
-            _verify(model, prepared, args or (), kwargs or {}, narrow_outputs=not restore_outputs)
+            from nxfx.verification.certify import certify
+
+            certify(model, prepared, (args or (), kwargs or {}), call, strict=restore_outputs)
+    elif verify:
+        raise UsageError("verify=True runs the model: give prepare() example arguments")
     return prepared
 
 
@@ -230,44 +234,3 @@ def _reproduce(error: PassError, again: Callable[[], Capture], pipeline: Pipelin
         error.args = (f"{error.args[0]}\nreproducer: {error.reproducer}",)
     except Exception as second:  # the pass's own error is what the user must see
         error.args = (f"{error.args[0]}\n(no reproducer: {type(second).__name__}: {second})",)
-
-
-def _nan_like(expected: Any, actual: Any) -> Any:
-    """``actual`` with the nan of ``expected``: a row that is masked whole, which finite-masks makes finite (NX602)."""
-    pair = (expected, actual)
-    same = all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in pair) and expected.shape == actual.shape
-    return torch.where(expected.isnan(), expected.to(actual.dtype), actual) if same else actual
-
-
-def _verify(
-    model: torch.nn.Module, prepared: PreparedModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, narrow_outputs: bool
-) -> None:
-    """Eager against prepared on copies of the example; the model's state is put back.
-
-    Structure, dtypes, shapes, integers and the places of nan and infinity must agree. Floats must be close: library code may take
-    another path while it is traced. Where a rewrite refines, eager is the less exact side and only gross differences count.
-    """
-    from nxfx.verification.equivalence import compare
-
-    report = prepared.report
-    refines = any(r.kind.value != "exact" for r in report.rewrites)
-    twin, state = copy.deepcopy(model), ModuleState(model)
-    held = [(t, t.detach().clone()) for t in (*model.parameters(), *model.buffers(), *(s.tensor for s in state.slots()))]
-    with torch.no_grad():
-        expected = twin(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-        actual = prepared(*copy.deepcopy(args), **copy.deepcopy(kwargs))
-        if narrow_outputs:
-            expected, actual = ([t.to(narrow(t.dtype)) for t in flatten(value).leaves] for value in (expected, actual))
-        if any(r.pass_name == "finite-masks" for r in report.rewrites):
-            expected, actual = flatten(expected).leaves, flatten(actual).leaves
-            actual = [_nan_like(*pair) for pair in zip(expected, actual, strict=True)] if len(expected) == len(actual) else actual
-        floats = [t for t in flatten(expected).leaves if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
-        scale = max((float(t[torch.isfinite(t)].abs().max()) for t in floats if torch.isfinite(t).any()), default=1.0)
-        epsilon = max((torch.finfo(t.dtype).eps for t in floats), default=0.0)
-        outcome = compare(expected, actual, kind="close", max_abs=max(scale, 1.0) * (2.0 if refines else 2**6 * epsilon))
-        state.restore()
-        for tensor, was in held:
-            if not torch.equal(tensor, was):
-                tensor.copy_(was)
-    if not outcome.ok:
-        raise PrepareError("the prepared model differs from the model on the example:\n" + "\n".join(outcome.mismatches), report)

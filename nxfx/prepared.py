@@ -27,8 +27,10 @@ from nxfx.errors import CaptureError, PrepareError
 from nxfx.graph import meta
 from nxfx.graph.attributes import CONSTANTS, own_buffer, share_registries
 from nxfx.layouts import InputLayouts, overlap
+from nxfx.pipeline import Pipeline
 from nxfx.premises import check_premises, stamp_of
 from nxfx.report import Report
+from nxfx.targets import Target
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,31 @@ class Signature:
         return f"({tensors}){' training' if self.training else ''}"
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a cleaned graph was made: what is needed to make it again, pass by pass.
+
+    Attributes:
+        capture: captures the model anew.
+        pipeline, target, training: what ran on the capture, and for what.
+    """
+
+    capture: Callable[[], Capture]
+    pipeline: Pipeline
+    target: Target
+    training: bool = False
+
+
 class CapturedCall:
     """One capture after the pipeline: the cleaned graph, its boundary, and how to run it on behalf of the model.
 
     Attributes:
         compiled: what an inner compiler made of the graph (:func:`nxfx.compile`); without it the graph itself runs.
+        recipe: how the graph was made; None when it came from a file.
     """
 
     compiled: Callable[..., Any] | None = None
+    recipe: Recipe | None = None
 
     def __init__(
         self, model: torch.nn.Module, capture: Capture, boundary: Boundary, report: Report, *, check: Check, training: bool

@@ -199,8 +199,8 @@ def test_help_teaches_by_example_and_promises_nothing_that_is_not_there(nxfx: Nx
     for arguments in ([], ["--help"], ["-h"]):
         run = nxfx(*arguments)
         assert run.code == 0 and "doctor" in run.stdout and "nxfx check model.py:tiny" in run.stdout
-        assert "verify" not in run.stdout
-    for name in ("dump", "check", "lower", "passes"):
+        assert "bisect" not in run.stdout
+    for name in ("dump", "check", "lower", "verify", "passes"):
         run = nxfx(name, "--help")
         assert run.code == 0 and "Examples" in run.stdout and "Exit codes" in run.stdout
 
@@ -310,6 +310,21 @@ def test_check_says_that_there_is_no_graph_in_json_too(nxfx: Nxfx) -> None:
     run = nxfx("check", "models.py:nothing", "--format", "json")
     assert run.code == 1 and "Nothing" in one_line(run)
     assert [f["code"] for f in json.loads(run.stdout)["findings"]] == ["NX409"]
+
+
+def test_verify_exits_by_the_verdict_and_writes_every_form(nxfx: Nxfx, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    run = nxfx("verify", "models.py:tiny", "--html", str(page))
+    assert run.code == 0 and "PASS" in run.stdout
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    data = json.loads(nxfx("verify", "models.py:tiny", "--format", "json").stdout)
+    assert data["ok"] is True and data["outputs"]
+    torch.save(torch.full((1,), 9.0), tmp_path / "outputs.pt")
+    run = nxfx("verify", "models.py:tiny", "--candidate", str(tmp_path / "outputs.pt"))
+    assert run.code == 1 and "FAIL" in run.stdout
+    for wrong in (("--reference", "fp16"), ("--autocast", "some"), ("--candidate", str(tmp_path / "nothing.pt"))):
+        run = nxfx("verify", "models.py:tiny", *wrong)
+        assert run.code == 2 and run.stderr.count("\n") == 1
 
 
 def test_passes_lists_all_and_explains_each(nxfx: Nxfx) -> None:

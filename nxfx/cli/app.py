@@ -18,13 +18,16 @@ import nxfx
 from nxfx.cli import console
 from nxfx.errors import UsageError
 
-EXIT_CODES = "Exit codes: 0 done; 1 the model failed, or check found errors; 2 wrong usage; 130 interrupted."
+EXIT_CODES = "Exit codes: 0 done; 1 the model failed, check found errors or verify a difference; 2 wrong usage; 130 interrupted."
 
 
 FORMATS = ("code", "text", "table", "json", "dot")
 REPORT_FORMATS = ("text", "json")
 DIALECTS = ("stablehlo", "hlo")
 WEIGHTS = ("arguments", "inline")
+REFERENCES = ("fp64", "fp32")
+AUTOCASTS = ("none", "matmult", "all")
+CAST_TYPES = ("bf16", "fp16", "tf32", "fp8_e4m3")
 
 
 class Commands(TyperGroup):
@@ -69,6 +72,7 @@ app = typer.Typer(
     "nxfx check model.py:tiny          what would go wrong on Neuron, and where\n"
     "nxfx dump model.py:tiny --diff    what nxfx changes\n"
     "nxfx lower model.py:tiny          what goes to the compiler, lowered\n"
+    "nxfx verify model.py:tiny         is it still my model, and if not, which line\n"
     "nxfx passes                       what the passes are\n"
     "nxfx doctor                       what this machine can compile for",
 )
@@ -281,6 +285,101 @@ def lower(
         else:
             console.emit(lowered.text, output)
         console.note(lowered.summary())
+
+
+@app.command(epilog=EXIT_CODES)
+def verify(
+    spec: Spec,
+    candidate: Annotated[
+        str | None,
+        typer.Option(
+            "--candidate",
+            metavar="SPEC|FILE",
+            show_default=False,
+            help="What should compute the same: a SPEC, a saved prepared model (.pt2), or saved outputs (.pt, .npz). "
+            "Default: the model as nxfx prepares it.",
+        ),
+    ] = None,
+    captures: Annotated[
+        Path | None,
+        typer.Option(
+            "--captures", metavar="FILE|DIR", show_default=False, help="The candidate's tensors by node or module name, from a device."
+        ),
+    ] = None,
+    reference: Annotated[
+        str, typer.Option("--reference", metavar="|".join(REFERENCES), help="The precision that errors are measured against.")
+    ] = "fp64",
+    autocast: Annotated[
+        str | None,
+        typer.Option(
+            "--autocast",
+            metavar="|".join(AUTOCASTS),
+            show_default=False,
+            help="Run the candidate (default: the model as it is) as neuronx-cc documents --auto-cast, emulated.",
+        ),
+    ] = None,
+    cast_type: Annotated[
+        str, typer.Option("--cast-type", metavar="|".join(CAST_TYPES), help="What the auto-cast casts to.")
+    ] = "bf16",
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=0, help="Also match N generated tokens.")] = 0,
+    localise: Annotated[
+        bool | None,
+        typer.Option("--localise/--no-localise", show_default=False, help="Look for the op at fault. Default: when something differs."),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", show_default=False, help="Also write a page to look at.")
+    ] = None,
+    format: ReportFormat = "text",
+    pipeline: PipelineText = None,
+    target: Target = "trn2",
+    sdk: Sdk = None,
+    ranges: Ranges = None,
+    output: Output = None,
+    traceback: Traceback = False,
+) -> None:
+    """Compare with the model, three-way: against a high-precision run and the model's own noise floor; name the line at fault.
+
+    Exits 0 when the candidate computes what the model computes, 1 when it does not.
+
+    [bold]Examples[/]
+
+    \b
+    nxfx verify model.py:tiny                         the prepared model against the model
+    nxfx verify model.py:tiny --autocast all          what --auto-cast=all would do to it
+    nxfx verify model.py:tiny --candidate outputs.npz --captures dump/
+                                                      what a device gave, and where it went wrong
+    nxfx verify model.py:llama --tokens 16 --html report.html
+    """
+    with console.reported("verify", traceback):
+        console.choose("format", format, REPORT_FORMATS)
+        console.choose("reference", reference, REFERENCES)
+        console.choose("auto-cast", autocast or "none", AUTOCASTS)
+        console.choose("cast type", cast_type, CAST_TYPES)
+        from nxfx.cli import verify
+
+        console.check_writable(output)
+        console.check_writable(html)
+        report = verify.run(
+            verify.Request(
+                spec,
+                candidate,
+                captures,
+                reference,
+                autocast,
+                cast_type,
+                tokens,
+                localise,
+                pipeline,
+                target,
+                sdk,
+                console.ranges(ranges or ()),
+            )
+        )
+        if html is not None:
+            console.emit(report.to_html(), html)
+        console.emit(report.to_json() if format == "json" else str(report), output)
+        if not report.ok:
+            raise typer.Exit(console.FAILED)
 
 
 @app.command(epilog=EXIT_CODES)

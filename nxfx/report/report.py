@@ -9,6 +9,7 @@ from typing import Any
 from nxfx.analysis.provenance import Premise
 from nxfx.report import findings as _findings
 from nxfx.report import rewrites as _rewrites
+from nxfx.report.certificate import Certificate
 from nxfx.report.findings import Finding, Severity
 from nxfx.report.rewrites import Rewrite
 from nxfx.report.sites import ValueSite
@@ -31,6 +32,7 @@ class Report:
         nodes: graph size ``before`` and ``after``.
         wide_edges: 64-bit edges ``before``, ``after`` and ``forced`` (schema-forced producers followed at once by their cast).
         captured_by: ``"non-strict"``, ``"strict"`` or ``"dynamo"``.
+        certificate: what ``verify=True`` ran, and with what result; None where it was not asked for.
         sites: where values reach Python, a shape or the host in an eager run of the model; ``check`` fills it.
     """
 
@@ -47,6 +49,7 @@ class Report:
     captured_by: str = ""
     sdk: str = ""
     sites: list[ValueSite] = field(default_factory=list)
+    certificate: Certificate | None = None
 
     def add(self, rewrites: list[Rewrite], findings: list[Finding]) -> None:
         """Append and merge."""
@@ -100,5 +103,7 @@ class Report:
             Premise(p["source"], p["fact"], tuple(p["detail"]) if p["detail"] is not None else None) for p in data["premises"]
         ]
         fields["sites"] = [ValueSite.from_dict(s) for s in data.get("sites", [])]
+        certificate = data.get("certificate")
+        fields["certificate"] = Certificate.from_dict(certificate) if certificate is not None else None
         fields["requirements"] = {k: tuple(v) for k, v in data["requirements"].items()}
         return cls(**fields)

@@ -65,6 +65,8 @@ def render(report: Report) -> str:
     if report.premises:
         lines.append("\nPremises (re-checked when the tensor changes)")
         lines += [f"  {p.source}: {p.fact}{f' {list(p.detail)}' if p.detail else ''}" for p in report.premises]
+    if report.certificate is not None:
+        lines.append(f"\nCertificate: {report.certificate.summary()}")
     if report.wide_edges:
         w = report.wide_edges
         lines.append(f"\n64-bit edges: {w.get('before', 0)} before, {w.get('after', 0)} after, {w.get('forced', 0)} forced by a schema")

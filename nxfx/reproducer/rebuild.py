@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy import functions as sympy_functions
 
 from nxfx.analysis.provenance import Role, Source
+from nxfx.errors import PassError
 from nxfx.graph import walk
 from nxfx.graph.meta import FakeTensorMode, val
 from nxfx.pipeline import Pass, PassContext, Pipeline
@@ -204,6 +205,36 @@ class Rebuild:
         step: Pass = found(found.Options(**options))
         return step
 
+    def stored(self, position: int) -> torch.Tensor:
+        """An input that was stored with the script."""
+        return self._stored[f"input {position}"]
+
+    def compare(self, *steps: Pass | str, inputs: list[Any], exact: bool) -> None:
+        """Run the graph on ``inputs`` before and after the passes.
+
+        Raises:
+            PassError: the outputs differ by more than the passes promise.
+        """
+        from nxfx.verification.bisect import differences, run_graph
+        from nxfx.verification.precision import Precision
+
+        gm = fx.GraphModule(self.root, self.graph)
+        before = run_graph(gm, inputs)
+        truth = [] if exact else Precision(torch.float64).run(gm, inputs)
+        pipeline = self._pipeline(steps)
+        pipeline.run(gm, self._context)
+        wrong = differences(before, run_graph(gm, inputs), lambda: truth, exact=exact)
+        if wrong:
+            name = pipeline.names[-1]
+            raise PassError(f"pass {name!r} changes what the graph computes:\n" + "\n".join(wrong), pass_name=name)
+        print("the graph computes the same before and after")
+
+    @staticmethod
+    def _pipeline(steps: tuple[Pass | str, ...]) -> Pipeline:
+        some = Pipeline()  # a pass alone, without what it requires before it: the graph is past that
+        some.steps = tuple(p for s in steps for p in (Pipeline.parse(s).steps if isinstance(s, str) else (s,)))
+        return some
+
     def run(self, *steps: Pass | str, verify_each: bool) -> None:
         """Run the passes.
 
@@ -211,7 +242,6 @@ class Rebuild:
             PassError: as the original run did.
         """
         gm = fx.GraphModule(self.root, self.graph)
-        passes = [p for s in steps for p in (Pipeline.parse(s).steps if isinstance(s, str) else (s,))]
-        Pipeline(passes).run(gm, self._context, verify_each=verify_each)
+        self._pipeline(steps).run(gm, self._context, verify_each=verify_each)
         nodes = sum(len(s.graph_module.graph.nodes) for s in walk.scopes(gm))
         print(f"the passes ran on {nodes} nodes and did not fail")

@@ -25,11 +25,19 @@ from nxfx.report.locations import Location, locate
 
 DIRECTORY_VARIABLE = "NXFX_REPRODUCER_DIR"
 _STORED_ELEMENTS = 1 << 16  # a buffer of at most this many elements is stored with its values
+_STORED_WEIGHTS = 1 << 22
+INPUT = "input "  # before an input's position: no attribute has a space in its name
 _RESERVED = frozenset({"g", "torch", "device", "inf", "nan", "operator", "math", "complex", "slice", "getattr"})
 
 
 def write_reproducer(
-    graph_module: fx.GraphModule, pipeline: Pipeline | str, error: PassError, context: PassContext | None = None
+    graph_module: fx.GraphModule,
+    pipeline: Pipeline | str,
+    error: PassError,
+    context: PassContext | None = None,
+    *,
+    inputs: list[Any] | None = None,
+    exact: bool = True,
 ) -> str:
     """Write a script that rebuilds ``graph_module`` and runs ``pipeline`` on it.
 
@@ -38,6 +46,8 @@ def write_reproducer(
         pipeline: the failing pass, or it and what follows; a pass that is not registered is imported by its module.
         error: what the pass raised; it is quoted in the script.
         context: what the pass knew about the graph's sources, the target and training.
+        inputs: where the pass does not fail but changes what the graph computes: inputs that show it.
+        exact: of such a pass: whether it promises equal bits.
 
     Returns:
         Path of ``reproduce.py``, in a new directory under ``$NXFX_REPRODUCER_DIR`` or the system's temporary directory.
@@ -52,10 +62,13 @@ def write_reproducer(
     directory = Path(tempfile.mkdtemp(prefix=f"nxfx-{name}-", dir=parent))
     context = context or PassContext()
     stored = dict(_stored_tensors(graph_module, context))
+    if inputs is not None:
+        stored |= dict(_small_weights(graph_module)) | {f"{INPUT}{i}": t for i, t in enumerate(inputs) if isinstance(t, torch.Tensor)}
     if stored:
         torch.save(stored, directory / "tensors.pt")
     path = directory / "reproduce.py"
-    path.write_text(_Script(graph_module, context).render(pipeline, error), encoding="utf-8", errors="backslashreplace")
+    call = "" if inputs is None else f"g.compare({{steps}}, inputs={_given(inputs)}, exact={exact})"
+    path.write_text(_Script(graph_module, context).render(pipeline, error, call), encoding="utf-8", errors="backslashreplace")
     return str(path)
 
 
@@ -79,6 +92,22 @@ def _stored_tensors(gm: fx.GraphModule, context: PassContext) -> Iterator[tuple[
         value = _attribute_value(gm, str(node.target))
         if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and _has_small_data(value):
             yield str(node.target), value.detach().cpu().clone()
+
+
+def _small_weights(gm: fx.GraphModule) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, while they are few: the difference may rest on their values."""
+    left = _STORED_WEIGHTS
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = _attribute_value(gm, str(node.target))
+        if isinstance(value, torch.Tensor) and not value.is_meta and value.numel() <= left:
+            left -= value.numel()
+            yield str(node.target), value.detach().cpu().clone()
+
+
+def _given(inputs: list[Any]) -> str:
+    """The inputs of the graph as source: those that are tensors are stored."""
+    parts = [f"g.stored({i})" if isinstance(value, torch.Tensor) else printing.literal(value) for i, value in enumerate(inputs)]
+    return f"[{', '.join(parts)}]"
 
 
 def _has_small_data(tensor: torch.Tensor) -> bool:
@@ -105,7 +134,7 @@ class _Script:
         self.modules: set[str] = set()
         self.namespaces: set[str] = set()
 
-    def render(self, pipeline: Pipeline | str, error: PassError) -> str:
+    def render(self, pipeline: Pipeline | str, error: PassError, call: str = "") -> str:
         root = self._builder(self.gm, "graph")
         steps = ", ".join(self._steps(pipeline))
         context = self._context()
@@ -135,7 +164,7 @@ class _Script:
                 *[f"    {line}" for line in self.symbols.values()],
                 f"    {root}(g)",
                 *[f"    {line}" for line in context],
-                f"    g.run({steps}, verify_each={_is_broken_invariant(error)})",
+                "    " + (call.format(steps=steps) if call else f"g.run({steps}, verify_each={_is_broken_invariant(error)})"),
                 "",
             ]
         )
@@ -240,8 +269,9 @@ class _Script:
     def _context(self) -> Iterator[str]:
         target = self.context.target
         yield f"g.context(target={target.name!r}, sdk={target.sdk!r}, training={self.context.training})"
+        there = {n.name for n in self.gm.graph.nodes}
         for node, source in self.context.sources.items():
-            known = source.value is not None
+            known = source.value is not None and node in there
             yield (
                 f"g.source({node!r}, {source.name!r}, {source.role.value!r}, "
                 f"known={known}, mutated={source.mutated}, range={source.range!r})"
