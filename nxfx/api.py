@@ -15,6 +15,7 @@ from nxfx.analysis.intervals import INT32
 from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, hoist
 from nxfx.capture.export import Capture, capture, without_autocast
+from nxfx.capture.merge import MAX_TRACES
 from nxfx.capture.state import ModuleState
 from nxfx.capture.structure import flatten
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
@@ -48,6 +49,7 @@ def prepare(
     state_inputs: Sequence[str] = (),
     share_state: bool = True,
     final_weights: bool = True,
+    max_traces: int = MAX_TRACES,
     verify_each: bool = False,
     observer: Observer | None = None,
 ) -> PreparedModule:
@@ -74,6 +76,8 @@ def prepare(
         share_state: False works on a deep copy of the model.
         final_weights: False where what is in the ``state_dict`` gets its values after the compile (a checkpoint loaded by name): no
             proof rests on them then.
+        max_traces: how often the model may be traced to follow both sides of the branches that read a tensor's value; k branches
+            that meet again take k + 1. With 1 every such branch is refused.
         verify_each: check the graph's invariants after every pass (slow).
         observer: called as ``observer(pass_, graph_module, run)`` after each pass.
 
@@ -94,7 +98,16 @@ def prepare(
 
     def captured(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
         def take() -> Capture:
-            return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, ranges=ranges, training=training, state_inputs=state_inputs)
+            return capture(
+                model,
+                args,
+                kwargs,
+                dynamic_shapes=dynamic_shapes,
+                ranges=ranges,
+                training=training,
+                state_inputs=state_inputs,
+                max_traces=max_traces,
+            )
 
         found = take()
         if not final_weights:
