@@ -1,12 +1,11 @@
 """Python control flow that reads a tensor's value.
 
 A trace runs ``forward`` once, so ``if flag[0] == 1`` becomes whichever side the example took, for every later call.
-nxfx does not freeze it: ``nxfx check`` reports the line as NX401, and ``nxfx.prepare`` raises
-:class:`nxfx.CaptureError` that names it. ``selected`` is the same model written as the report advises: both sides are
-computed and ``where`` chooses::
+``nxfx.prepare`` follows both sides and puts ``where`` where they meet: one graph, right for both values. What has no such
+form, sides of different shapes for one, is refused with its line and the reason::
 
-    nxfx check examples/branch.py:frozen
-    nxfx check examples/branch.py:selected
+    nxfx check examples/branch.py:flag
+    nxfx check examples/branch.py:shapes
 """
 
 from __future__ import annotations
@@ -26,28 +25,29 @@ class Branch(nn.Module):
         return -x
 
 
-class Select(nn.Module):
-    """:class:`Branch` without the branch."""
+class Shapes(nn.Module):
+    """The result's shape depends on the flag: no graph of fixed shapes computes that."""
 
     def forward(self, x: Tensor, flag: Tensor) -> Tensor:
-        return torch.where(flag[0] == 1, x * 2, -x)
+        if flag[0] == 1:
+            return x
+        return x.sum()
 
 
-def frozen() -> Example:
+def flag() -> Example:
     """The model that a trace would freeze."""
     return Branch(), (torch.arange(6.0).reshape(2, 3), torch.tensor([1]))
 
 
-def selected() -> Example:
-    """The model that serves both values."""
-    return Select(), (torch.arange(6.0).reshape(2, 3), torch.tensor([1]))
+def shapes() -> Example:
+    """The model that stays refused."""
+    return Shapes(), (torch.arange(6.0).reshape(2, 3), torch.tensor([1]))
 
 
 if __name__ == "__main__":
     import nxfx
 
-    model, args = frozen()
-    print(nxfx.check(model, args))
-    model, (x, _) = selected()
-    prepared = nxfx.prepare(model, (x, torch.tensor([1])))
-    print(prepared(x, torch.tensor([0])))
+    model, (x, value) = flag()
+    prepared = nxfx.prepare(model, (x, value))
+    print(prepared(x, torch.tensor([1])), prepared(x, torch.tensor([0])), sep="\n")
+    print(nxfx.check(*shapes()))

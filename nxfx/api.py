@@ -14,6 +14,7 @@ from nxfx.analysis.intervals import INT32
 from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, hoist
 from nxfx.capture.export import Capture, capture, without_autocast
+from nxfx.capture.merge import MAX_TRACES
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
 from nxfx.graph.walk import reshape_views
 from nxfx.lifting.tables import restore_tables
@@ -47,6 +48,7 @@ def prepare(
     share_state: bool = True,
     final_weights: bool = True,
     recompute_tables: bool = False,
+    max_traces: int = MAX_TRACES,
     verify_each: bool = False,
     observer: Observer | None = None,
 ) -> PreparedModule:
@@ -77,6 +79,8 @@ def prepare(
             proof rests on them then.
         recompute_tables: where ``model.bfloat16()`` has rounded a table of frequencies (NX102), use what its module computes in
             float32: its ``original_inv_freq``, its ``rope_init_fn``, or a module made like it; only where that, rounded, is the table.
+        max_traces: how often the model may be traced to follow both sides of the branches that read a tensor's value; k branches
+            that meet again take k + 1. With 1 every such branch is refused.
         verify_each: check the graph's invariants after every pass (slow).
         observer: called as ``observer(pass_, graph_module, run)`` after each pass.
 
@@ -97,7 +101,16 @@ def prepare(
 
     def captured(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall:
         def take() -> Capture:
-            return capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, ranges=ranges, training=training, state_inputs=state_inputs)
+            return capture(
+                model,
+                args,
+                kwargs,
+                dynamic_shapes=dynamic_shapes,
+                ranges=ranges,
+                training=training,
+                state_inputs=state_inputs,
+                max_traces=max_traces,
+            )
 
         found = take()
         if not final_weights:

@@ -18,7 +18,8 @@ from torch import fx
 from nxfx import device as devices
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral
 from nxfx.boundary import Boundary, Check, InputRule, ShapeGuard, narrowed, twin_dtype
-from nxfx.capture.export import Capture, autocast_state, without_autocast
+from nxfx.capture.export import Capture, without_autocast
+from nxfx.capture.path import autocast_state
 from nxfx.capture.shell import Assigned, bind
 from nxfx.capture.standing import Standing
 from nxfx.capture.structure import Flat, at, flatten, unflatten, update

@@ -3,6 +3,7 @@
     python tests/fuzz.py --what writes --programs 50000 --seed 0      views and writes, mask-slice-writes
     python tests/fuzz.py --what bounds --programs 500                 slices with tensor bounds, one capture each, prepare()
     python tests/fuzz.py --what integers --programs 5000              64-bit arithmetic, narrow-64bit
+    python tests/fuzz.py --what branches --programs 500               ifs on tensors, one capture each, prepare()
 
 Program ``i`` is made from seed ``--seed + i``: a difference is reported with its seed and the shortest program that shows
 it, and the exit code is 1.
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import bound_programs
+import branch_programs
 import integer_programs
 import torch
 import view_programs
@@ -120,13 +122,44 @@ def check_integers(seed: int, figures: Counter[str], program: Any = None) -> str
     return None
 
 
-CHECKS: dict[str, Callable[..., str | None]] = {"writes": check_writes, "bounds": check_bounds, "integers": check_integers}
+def check_branches(seed: int, figures: Counter[str], program: Any = None) -> str | None:
+    """One capture of program ``seed`` against eager on inputs that drive every path: results, inputs and buffers."""
+    rng = random.Random(seed)
+    program = branch_programs.generate(rng)
+    draws = list(program.inputs(rng))
+    model = program.model()
+    figures["flags"] += program.flags
+    try:
+        prepared = nxfx.prepare(model, copy.deepcopy(draws[0]), max_traces=64)
+    except CaptureError as error:
+        figures["not captured"] += 1
+        return None if error.report and error.report.findings else f"no finding: {error}"
+    figures["nodes"] += len(prepared.graph_module.graph.nodes)
+    figures["branches removed"] += sum(r.count for r in prepared.report.rewrites if r.rule == "branch.both-sides")
+    if any(f.code == "NX406" and f.severity.value == "error" for f in prepared.report.findings):
+        return "a random program holds no Python state"
+    start = model.state.clone()
+    for draw in draws:
+        theirs, ours = copy.deepcopy(draw), copy.deepcopy(draw)
+        eager = program.model()
+        eager.state.copy_(start)
+        model.state = start.clone()
+        expected, actual = eager(*theirs), prepared(*ours)
+        outcome = compare((expected, theirs, eager.state), (actual, ours, model.state))
+        if not outcome.ok:
+            return f"{draw}: {outcome}"
+    return None
+
+
+CHECKS: dict[str, Callable[..., str | None]] = {"writes": check_writes, "bounds": check_bounds, "integers": check_integers, "branches": check_branches}
 
 
 def described(what: str, seed: int) -> str:
     """The program of a seed that fails, as short as it gets."""
     if what == "integers":
         return str(integer_programs.Program(seed).gm.code)
+    if what == "branches":
+        return str(branch_programs.generate(random.Random(seed)))
     if what == "bounds":
         return str(bound_programs.generate(random.Random(seed)))
     program = view_programs.generate(random.Random(seed))

@@ -103,10 +103,10 @@ def test_every_site_in_one_run() -> None:
 
 def test_refusal_lists_every_line_once_with_a_fix() -> None:
     _, session = traced(every_branch, X, N)
-    findings = branches.unresolved(session)
+    findings = branches.unresolved([session])
     assert {f.code for f in findings} == {"NX401"} and all(f.severity is Severity.ERROR and f.fix for f in findings)
     assert [f.count for f in findings] == [1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 2, 1]
-    error = branches.refusal(session, "Model")
+    error = branches.refusal([session], "Model")
     assert isinstance(error, CaptureError) and error.report.findings == findings
     for site in session.sites:
         assert f"{site.location}: {site.location.source}" in str(error)
@@ -305,7 +305,7 @@ def test_a_while_ends_at_the_cap() -> None:
         torch.export.export(Shell(model, session), (X, N), strict=False)
     assert [s.kind for s in session.sites] == ["while"] * 6 + ["if"]
     assert session.sites[5].exhausted and session.sites[5].answer is False
-    (loop, _) = branches.unresolved(session)
+    (loop, _) = branches.unresolved([session])
     assert loop.count == 6 and "torch.where(active" in loop.fix
 
 

@@ -94,7 +94,7 @@ CASES = (
     Case("llama_bf16:rotary", "refines", _other_positions),
     Case("mllama_mask:small", "exact", _other_ratios, exact_on_xla=True),
     Case("kv_cache:step", "exact", _other_steps),
-    Case("branch:selected", "exact", _other_flags, exact_on_xla=True),
+    Case("branch:flag", "exact", _other_flags, exact_on_xla=True),
     Case("swin_mask:window", "exact", _other_images),
     Case("timestep_embedding:bf16", "refines", _other_timesteps),
 )
@@ -179,8 +179,12 @@ def _tensors(result: Any) -> list[torch.Tensor]:
     return _leaves(result)
 
 
-def test_branch_on_a_tensor_is_reported_and_refused_with_its_line() -> None:
-    model, args = importlib.import_module("branch").frozen()
+def test_branch_on_a_tensor_is_removed_or_refused_with_its_line() -> None:
+    model, (x, _) = importlib.import_module("branch").flag()
+    prepared = nxfx.prepare(model, (x, torch.tensor([1])))
+    for value in (0, 1):
+        assert torch.equal(prepared(x, torch.tensor([value])), model(x, torch.tensor([value])))
+    model, args = importlib.import_module("branch").shapes()
     (finding,) = [f for f in nxfx.check(model, args).findings if f.code == "NX401"]
     assert finding.location.source == "if flag[0] == 1:"
     assert Path(finding.location.file).name == "branch.py"

@@ -14,7 +14,7 @@ on shapes are left to torch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -43,6 +43,10 @@ _FIX = (
 )
 
 
+_CHECK = "a check reads a tensor's value: the captured graph takes it to hold and does not check"
+_CHECK_FIX = "check the value on the host before the call, or declare a range for the input"
+
+
 # --- the oracle ------------------------------------------------------------------------------------------------------
 
 
@@ -51,8 +55,13 @@ def _decide(session: Session, kind: str, condition: torch.Tensor | None) -> bool
     frames = session.frames()
     innermost = frames[0] if frames else None
     statement, natural = ("bool", None) if innermost is None else statements.asking(innermost)
+    is_check = natural is not None and not statements.may_be_caught(frames)
+    standpoint = None if is_check else session.stand()
+    # Before the condition's own: a path is cut into pieces there.
+    alive = standpoint.keep() if standpoint is not None else []
     site = session.site(statement if kind == "bool" else kind, _own(condition))
-    if natural is not None and not statements.may_be_caught(frames):
+    site.standpoint, site.alive = standpoint, alive
+    if natural is not None and is_check:
         site.kind = "assert"
         return _take_to_hold(session, site, natural)
     number = len(session.sites)
@@ -77,8 +86,8 @@ def _take_to_hold(session: Session, site: Site, answer: bool) -> bool:
     session.note(
         "NX407",
         Severity.WARNING,
-        "a check reads a tensor's value: the captured graph takes it to hold and does not check",
-        "check the value on the host before the call, or declare a range for the input",
+        _CHECK,
+        _CHECK_FIX,
         site.location,
     )
     return answer
@@ -196,24 +205,46 @@ HANDLERS: dict[Any, Callable[[Session, Any, tuple[Any, ...], dict[str, Any]], An
 # --- what is left ----------------------------------------------------------------------------------------------------
 
 
-def unresolved(session: Session) -> list[Finding]:
-    """One finding for each line that branches on a tensor's value, in order of execution."""
-    findings = []
-    for site in session.sites:
-        kind = {"bool": "bool() of a tensor", "equal": "torch.equal", "allclose": "torch.allclose"}.get(
-            site.kind, f"{site.kind} on a tensor's value"
-        )
-        message = f"{kind}: the trace follows one side, whatever the value is at run time"
-        if site.innermost != site.location:
-            message += f" (read in {site.innermost}: {site.innermost.source})"
-        fix = _FIXES.get(site.kind, _FIX)
-        findings.append(Finding("NX401", Severity.ERROR, message, site.location, "", fix))
-    return merge(findings)
+def note_check(session: Session, site: Site) -> None:
+    """The branch at ``site`` ends in an exception on one side: the other is taken to hold."""
+    session.note("NX407", Severity.WARNING, _CHECK, _CHECK_FIX, site.location)
 
 
-def refusal(session: Session, model_name: str) -> CaptureError:
-    """One error for everything that was seen: branches that stay, and constructs that were refused."""
-    findings = merge([*unresolved(session), *session.errors])
+def unresolved(sessions: Sequence[Session], error: Exception | None = None) -> list[Finding]:
+    """One finding for each line that branches on a tensor's value, in order of execution; ``error`` says why it could not go."""
+    culprit, reason = getattr(error, "site", None), getattr(error, "reason", "")
+    findings: list[Finding] = []
+    for session in sessions:
+        known = {f.location for f in findings}
+        here = [_unresolved(site) for site in session.sites if site.location not in known]
+        findings += merge(here)
+    for finding in findings:
+        if reason and (culprit is None or finding.location == culprit.location):
+            finding.message += f". It stays, since {reason}"
+            if culprit is not None:
+                break
+    return findings
+
+
+def _unresolved(site: Site) -> Finding:
+    kind = {"bool": "bool() of a tensor", "equal": "torch.equal", "allclose": "torch.allclose"}.get(
+        site.kind, f"{site.kind} on a tensor's value"
+    )
+    message = f"{kind}: the trace follows one side, whatever the value is at run time"
+    if site.innermost != site.location:
+        message += f" (read in {site.innermost}: {site.innermost.source})"
+    return Finding("NX401", Severity.ERROR, message, site.location, "", _FIXES.get(site.kind, _FIX))
+
+
+def refusal(sessions: Sequence[Session], model_name: str, error: Exception | None = None) -> CaptureError:
+    """One error for everything that was seen: branches that stay, and constructs that were refused.
+
+    Args:
+        sessions: of the traces that were made, the first one first.
+        error: why the branches could not be removed.
+    """
+    refused = error.report.findings if isinstance(error, CaptureError) and error.report else []
+    findings = merge([*unresolved(sessions, error), *sessions[0].errors, *(f for f in refused if f.code != "NX401")])
     lines = [
         f"{f.location}: {f.location.source}\n    {f.code} {f.message}"
         + (f"\n    Write instead: {f.fix}" if f.fix else "")
@@ -224,8 +255,8 @@ def refusal(session: Session, model_name: str) -> CaptureError:
         if len(findings) > 1
         else "a place where a tensor's value decides"
     )
-    kinds = dict.fromkeys(f"{s.kind} on a tensor's value" for s in session.sites)
-    report = Report(findings=merge([*findings, *session.findings]))
+    kinds = dict.fromkeys(f"{s.kind} on a tensor's value" for s in sessions[0].sites)
+    report = Report(findings=merge([*findings, *sessions[0].findings]))
     return CaptureError(
         f"{model_name} cannot be captured: {what}\n  " + "\n  ".join(lines),
         construct=", ".join(kinds) or "a refused construct",

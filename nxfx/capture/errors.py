@@ -122,7 +122,7 @@ def _diagnose(error: BaseException, site: Site | None) -> Diagnosis | None:
         return Diagnosis("memory ran out", Advice("NX409", "", fix))
     if "RecursionError: " in text:
         return raised("RecursionError: it calls itself without end, or deeper than Python's recursion limit")
-    if site is not None and site.raised_there and _is_own(error) and MISFIT.diagnose(text) is None:
+    if site is not None and site.raised_there and is_own(error) and MISFIT.diagnose(text) is None:
         return raised(f"{type(error).__name__}: {plain(str(error))}".removesuffix(": "))
     for rule in RULES:
         if (rule.at_line or rule.syntax) and site is None:
@@ -145,7 +145,7 @@ def _text(error: BaseException) -> str:
     return text
 
 
-def _is_own(error: BaseException) -> bool:
+def is_own(error: BaseException) -> bool:
     """Raised by the model on its own account, not because it saw a tracer's stand-in for a tensor or a number."""
     return not type(error).__module__.startswith("torch") and not re.search(
         r"FakeTensor|\bSym(Int|Float|Bool)", str(error)

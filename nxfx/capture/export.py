@@ -5,10 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import logging
-import sys
-import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,19 +14,15 @@ from torch import fx
 
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral
 from nxfx.analysis.provenance import Premise, Role, Source
-from nxfx.capture import branches, errors, normalise
-from nxfx.capture.frames import whole_traces
-from nxfx.capture.interception import Session, interception
-from nxfx.capture.outside import OutsideState, foreign_tensors
-from nxfx.capture.shell import Convention, RegisteredMisfit, Shell, bind, parameter_names
-from nxfx.capture.state import ModuleState, writing_line
-from nxfx.capture.strict import StrictShell, export_strict
+from nxfx.capture.merge import MAX_TRACES, merged
+from nxfx.capture.path import Tracer, autocast_state
+from nxfx.capture.shell import Convention, bind, parameter_names
+from nxfx.capture.state import writing_line
 from nxfx.capture.structure import Flat, Path, flatten, leaf_names
-from nxfx.capture.unlift import inputs_to_buffers, unlift
-from nxfx.capture.writes import check_writes
+from nxfx.capture.unlift import inputs_to_buffers
 from nxfx.errors import CaptureError, UsageError
 from nxfx.graph import meta
-from nxfx.report import Finding, Report, Rewrite, Severity
+from nxfx.report import Finding, Rewrite, Severity
 
 Ranges = dict[str, tuple[int, int]]
 
@@ -96,6 +88,7 @@ def capture(
     ranges: dict[str, tuple[int, int]] | None = None,
     training: bool = False,
     state_inputs: Sequence[str] = (),
+    max_traces: int = MAX_TRACES,
 ) -> Capture:
     """Capture ``model`` called with ``args`` and ``kwargs``. The model is left exactly as it was.
 
@@ -104,6 +97,7 @@ def capture(
         ranges: input name → declared inclusive integer range.
         training: keep autograd semantics (``no_grad`` regions become detaches) instead of capturing under ``no_grad``.
         state_inputs: inputs (by argument or leaf name) that become buffers of the graph.
+        max_traces: how often the model may be traced to follow both sides of its branches; 1 leaves every branch and refuses it.
 
     Raises:
         CaptureError: names the construct that cannot be captured and the user's line.
@@ -114,82 +108,30 @@ def capture(
     scripted = [n or type(model).__name__ for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
         raise CaptureError(f"{scripted[0]!r} is a TorchScript module: use the nn.Module that it was made from", construct="TorchScript")
-    convention = Convention(flat.spec, input_names(flat, positional))
-    dtypes = {n: leaf.dtype for n, leaf in zip(convention.input_names, flat.leaves, strict=True) if isinstance(leaf, torch.Tensor)}
+    names = input_names(flat, positional)
+    dtypes = {n: leaf.dtype for n, leaf in zip(names, flat.leaves, strict=True) if isinstance(leaf, torch.Tensor)}
     ranges = _check_ranges(ranges or {}, dtypes, positional + list(kwargs), model)
-    state = ModuleState(model)
-    session = Session()
-    shell: Shell | StrictShell = Shell(model, convention, state, lambda: interception(session, training=training))
-    state_example = _state_example(state_inputs, flat, convention.input_names)
-    shapes = _flat_dynamic_shapes(dynamic_shapes, flat, positional, convention.input_names)
-
-    outside = OutsideState(model)
-    started = time.perf_counter()
-    captured_by = "non-strict"
-    try:
-        with _quiet(training):
-            program = torch.export.export(shell, tuple(flat.leaves), strict=False, dynamic_shapes=shapes)
-    except Exception as error:
-        state.restore()
-        _refuse_shared_memory(error, model, flat, convention.input_names)
-        hopeless = session.sites or shell.slots or training or isinstance(error, RegisteredMisfit)
-        fallback = None if hopeless else _strictly(model, convention, flat, shapes, state)
-        if fallback is None:
-            raise _refusal(error, session, model) from error
-        (program, shell), captured_by = fallback, "strict"
-    finally:
-        state.restore()
-        session.findings += outside.findings()
-    if session.sites:
-        raise _refusal(None, session, model)
-    captured = time.perf_counter()
-    try:
-        with _quiet(training):
-            program = _normal_form(program)
-    except CaptureError:
-        raise
-    except Exception as error:
-        _refuse_shared_memory(error, model, flat, convention.input_names)
-        raise errors.translate(error, model_name=type(model).__name__, model=model) from error
-    invented = branches.invented_guards(program)
-    if invented:
-        raise CaptureError(
-            f"{type(model).__name__}: torch.export added a condition on a data-dependent size that the model does not state: "
-            f"{invented[0]}. State it with torch._check(...), or use a mask instead of a tensor-valued slice.",
-            construct="a size that depends on data",
-            report=Report(findings=[Finding("NX409", Severity.ERROR, invented[0])]),
-        )
-    session.findings += foreign_tensors(program)
-    graph_module, sources, buffers, inputs = unlift(program, shell, model, convention, ranges)
-    _note_examples(sources, dict(zip(convention.input_names, flat.leaves, strict=True)))
-    done = time.perf_counter()
+    state_example = _state_example(state_inputs, flat, names)
+    shapes = _flat_dynamic_shapes(dynamic_shapes, flat, positional, names)
+    path = merged(Tracer(model, flat, names, ranges, shapes, training), max_traces)
+    convention, session = path.convention, path.session
+    _note_examples(path.sources, dict(zip(names, flat.leaves, strict=True)))
     if convention.output_count == 0:
         raise CaptureError(f"{type(model).__name__}.forward returns no tensor: there is nothing to compile", construct="no tensor output")
     return Capture(
-        graph_module,
+        path.graph_module,
         convention,
-        sources,
-        buffers,
-        inputs,
+        path.sources,
+        path.mutated_buffers,
+        path.mutated_inputs,
         tuple(flat.leaves),
         session.rewrites,
-        session.findings + _state_findings(model, convention),
-        {"capture": captured - started, "normalise": done - captured},
-        captured_by,
-        state_inputs=inputs_to_buffers(graph_module, sources, state_example, buffers, inputs),
-        plain_tensors={slot.name: slot for slot in shell.slots.values()},
+        session.findings + path.findings + _state_findings(model, convention),
+        path.timings,
+        path.captured_by,
+        state_inputs=inputs_to_buffers(path.graph_module, path.sources, state_example, path.mutated_buffers, path.mutated_inputs),
+        plain_tensors=path.plain_tensors,
     )
-
-
-def autocast_state() -> tuple[str, torch.dtype] | None:
-    """``(device type, dtype)`` of the active autocast."""
-    for device_type in ("cpu", "cuda", "xla"):
-        try:
-            if torch.is_autocast_enabled(device_type):
-                return device_type, torch.get_autocast_dtype(device_type)
-        except RuntimeError:  # this build of torch has no autocast for the device
-            continue
-    return None
 
 
 @contextlib.contextmanager
@@ -199,84 +141,6 @@ def without_autocast() -> Iterator[None]:
         while (active := autocast_state()) is not None:
             stack.enter_context(torch.autocast(active[0], enabled=False))
         yield
-
-
-class _WithoutTorchsGraphs:
-    """stderr, less the graph that torch.export prints when it fails; what the model prints goes through."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        from_export = sys._getframe(1).f_code.co_filename == torch.export.__file__.replace("__init__", "_trace")
-        return len(text) if from_export else int(self._stream.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _refuse_shared_memory(error: Exception, model: torch.nn.Module, flat: Flat, names: list[str]) -> None:
-    """Tensors that share memory make torch.export fail in its own terms, when one of them is written."""
-    if isinstance(error, CaptureError):
-        return
-    tensors = [*zip(names, flat.leaves, strict=True), *model.named_parameters(), *model.named_buffers()]
-    owners: dict[int, str] = {}
-    for name, tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided and not tensor.is_meta and tensor.numel():
-            first = owners.setdefault(tensor.untyped_storage()._cdata, name)
-            if first != name and first in names:
-                raise CaptureError(
-                    f"{type(model).__name__} cannot be captured: {first!r} and {name!r} share memory, and a tensor is written. "
-                    "Pass a clone() of one of them.",
-                    construct="arguments that share memory",
-                ) from error
-
-
-@contextlib.contextmanager
-def _quiet(training: bool) -> Iterator[None]:
-    muted = contextlib.redirect_stderr(_WithoutTorchsGraphs(sys.stderr))
-    with muted, whole_traces(), warnings.catch_warnings(), contextlib.nullcontext() if training else torch.no_grad():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _strictly(
-    model: torch.nn.Module, convention: Convention, flat: Flat, shapes: Any, state: ModuleState
-) -> tuple[torch.export.ExportedProgram, StrictShell] | None:
-    """Strict export where it takes what non-strict refuses, and leaves the model's Python state alone; else None."""
-    torchs_log = logging.getLogger("torch._dynamo")
-    level = torchs_log.level
-    try:
-        torchs_log.setLevel(logging.CRITICAL)
-        with _quiet(False):
-            program, shell = export_strict(model, convention, tuple(flat.leaves), shapes)
-            return None if state.changes() else (_normal_form(program), shell)
-    except Exception:  # the first refusal is the one to be told
-        return None
-    finally:
-        torchs_log.setLevel(level)
-
-
-def _refusal(error: Exception | None, session: Session, model: torch.nn.Module) -> CaptureError:
-    """One error for everything the session saw before torch gave up."""
-    name = type(model).__name__
-    if not session.sites:
-        assert error is not None
-        return error if isinstance(error, CaptureError) else errors.translate(error, model_name=name, model=model)
-    return branches.refusal(session, name)
-
-
-def _normal_form(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    lost = errors.lost_tensor(program)
-    if lost is not None:
-        raise lost
-    check_writes(program)
-    # Under autocast the captured ops stand as the model wrote them: only a retrace puts the casts into the graph.
-    if autocast_state() is not None or normalise.needs_functionalisation(program.graph_module):
-        retraced: torch.export.ExportedProgram = program.run_decompositions({})
-        return retraced
-    normalise.normalise(program.graph_module)
-    return program
 
 
 def _flat_dynamic_shapes(dynamic_shapes: Any, flat: Flat, positional: list[str], names: list[str]) -> Any:

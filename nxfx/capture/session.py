@@ -6,7 +6,7 @@ import contextlib
 import functools
 import linecache
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from nxfx.capture.standpoint import Standpoint, look
 from nxfx.capture.trace import Trace, module_path, node_of
 from nxfx.errors import CaptureError
 from nxfx.report.findings import Finding, Severity
 from nxfx.report.locations import Location, frame_rank
 from nxfx.report.report import Report
 from nxfx.report.rewrites import Kind, Rewrite
+
+_MOST_STANDPOINTS = 128  # a loop that asks more often is not followed anyway
 
 rank_of = functools.lru_cache(maxsize=4096)(frame_rank)
 
@@ -36,6 +39,7 @@ class Site:
             reads that are not conditions, and where a number from ``.item()`` went through more than simple arithmetic.
         answer: what Python was told.
         exhausted: the cap on repetitions was reached here.
+        alive: tensors that the rest of the model may use, as they are at this moment.
     """
 
     kind: str
@@ -44,6 +48,13 @@ class Site:
     condition: torch.Tensor | None = None
     answer: bool | None = None
     exhausted: bool = False
+    alive: list[torch.Tensor] = field(default_factory=list)
+    standpoint: Standpoint | None = None
+
+    @property
+    def marks(self) -> list[torch.Tensor]:
+        """What the trace must keep of this moment, so that paths can be joined here."""
+        return ([] if self.condition is None else [self.condition]) + self.alive
 
 
 @dataclass
@@ -79,6 +90,7 @@ class Session:
         sites: branches on a tensor's value, in order of execution. The trace followed ``answer`` at each of them: it is
             one path through the model, not the model.
         assertions: tensor assertions that the trace took to hold, each reported as NX407.
+        reachable: gives the arguments and buffers, and what ``forward`` has changed in Python state so far.
         reads: ``.item()`` and ``.tolist()`` whose number became a symbol.
     """
 
@@ -96,6 +108,7 @@ class Session:
     entry: FrameType | None = None
     is_paused: bool = False
     watched: Any = None
+    reachable: Callable[[], tuple[Any, Any]] | None = None
     repetitions: dict[tuple[str, int], tuple[FrameType, int]] = field(default_factory=dict)
 
     def watch_copy(
@@ -111,12 +124,23 @@ class Session:
         if node is not None and source is not None:
             self.copies.append(Copied(node, source, node, result, place, versions, self.location()))
 
+    def marks(self) -> list[torch.Tensor]:
+        """The marks of all sites, in order."""
+        return [mark for site in self.sites for mark in site.marks]
+
+    def mark_counts(self) -> list[int]:
+        return [len(site.marks) for site in self.sites]
+
     @property
     def errors(self) -> list[Finding]:
         return [f for f in self.findings if f.severity is Severity.ERROR]
 
     def close(self) -> None:
         """Let go of everything that belonged to the trace; the record stays."""
+        for site in self.sites:
+            if site.standpoint is not None:
+                site.standpoint.leave()
+        self.reachable = None
         if self.watched is not None:
             del self.watched.evaluate_sym_node  # the method of the class shows again
         self.entry = self.watched = None
@@ -143,6 +167,20 @@ class Session:
                 frames.append(frame)
             frame = frame.f_back
         return frames
+
+    def stand(self) -> Standpoint | None:
+        """Where the run is, None where nobody asked to know."""
+        if self.reachable is None or len(self.sites) > _MOST_STANDPOINTS:
+            return None
+        frames: list[FrameType] = []
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.entry:
+            file = frame.f_code.co_filename
+            if frames or rank_of(file) or file.startswith("<"):  # code without a file may be the model's
+                frames.append(frame)
+            frame = frame.f_back
+        with self.paused():
+            return look(frames, *self.reachable()) if frames else None
 
     def location(self) -> Location:
         """The user's line that is running; an installed library's where no line is the user's own."""

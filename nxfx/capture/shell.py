@@ -94,14 +94,20 @@ class Convention:
 
 
 class Shell(torch.nn.Module):
-    """See the module's docstring. ``convention`` is complete once ``forward`` has been traced."""
+    """See the module's docstring. ``convention`` is complete once ``forward`` has been traced.
+
+    Args:
+        around: given the leaves, the context in which ``forward`` runs.
+        marks: gives tensors that the graph returns after everything else, once ``forward`` has run.
+    """
 
     def __init__(
         self,
         model: torch.nn.Module,
         convention: Convention,
         state: ModuleState,
-        around: Callable[[], contextlib.AbstractContextManager[Any]],
+        around: Callable[[Sequence[Any]], contextlib.AbstractContextManager[Any]],
+        marks: Callable[[], list[torch.Tensor]] = list,
     ) -> None:
         super().__init__()
         own = self.__dict__
@@ -110,7 +116,7 @@ class Shell(torch.nn.Module):
         own["_buffers"] = model._buffers
         own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
         own["_modules"] = dict(model._modules)
-        own["_nxfx"] = (model, convention, state, around)
+        own["_nxfx"] = (model, convention, state, around, marks)
         self.slots: dict[str, Slot] = {}
         plain = torch.nn.Module()
         for number, slot in enumerate(state.slots()):
@@ -125,17 +131,17 @@ class Shell(torch.nn.Module):
         own["forward"] = types.MethodType(namespace["forward"], self)
 
     def _run(self, leaves: Sequence[torch.Tensor]) -> list[Any]:
-        model, convention, state, around = self.__dict__["_nxfx"]
+        model, convention, state, around, marks = self.__dict__["_nxfx"]
         args, kwargs = arguments = unflatten(convention.input_spec, leaves)
         before = flatten(arguments, share=True)
-        with self._lend_plain_tensors(state) as (lent, places), around():
+        with self._lend_plain_tensors(state) as (lent, places), around(leaves):
             before_call = state.registered_now()
             result = model(*args, **kwargs)
             _refuse_misfits(model, before_call, state.registered_now())
             for name, tensor in model.named_buffers():
                 lent.setdefault(id(tensor), name)
             changes = [c for c in state.changes() if c.removed or places.get((id(c.holder.container), c.key)) is not c.after]
-        return self._conclude(convention, before, arguments, result, changes, leaves, lent)
+        return [*self._conclude(convention, before, arguments, result, changes, leaves, lent), *marks()]
 
     @contextlib.contextmanager
     def _lend_plain_tensors(self, state: ModuleState) -> Iterator[tuple[dict[int, str], dict[Any, Any]]]:

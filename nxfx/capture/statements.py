@@ -57,7 +57,7 @@ def _source(frame: FrameType) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(source: str) -> ast.Module:
+def parsed(source: str) -> ast.Module:
     try:
         return ast.parse(source)
     except (SyntaxError, ValueError):
@@ -68,7 +68,7 @@ def _parsed(source: str) -> ast.Module:
 def _tests(source: str) -> list[tuple[str, ast.expr, bool | None]]:
     """``(kind, test, answer that lets the program go on)`` of every test in ``source``, outer ones before inner ones."""
     tests: list[tuple[str, ast.expr, bool | None]] = []
-    for node in ast.walk(_parsed(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Assert):
             tests.append(("assert", node.test, True))
         elif isinstance(node, ast.If):
@@ -90,7 +90,7 @@ def _only_raises(node: ast.If) -> bool:
 def _guarded(source: str) -> list[tuple[int, int]]:
     """First and last lines of the bodies that an ``except`` or a ``suppress`` stands guard over."""
     blocks: list[list[ast.stmt]] = []
-    for node in ast.walk(_parsed(source)):
+    for node in ast.walk(parsed(source)):
         suppresses = isinstance(node, ast.With) and any("suppress" in ast.dump(i.context_expr) for i in node.items)
         if isinstance(node, ast.Try) and node.handlers or suppresses:
             blocks.append(node.body)  # type: ignore[attr-defined]  # both have one

@@ -1,0 +1,90 @@
+"""Where two paths of a model meet: the rest is the same function for both, of tensors that may have other values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import fx
+
+from nxfx.capture.explore import Fork, Way
+from nxfx.capture.path import Traced
+from nxfx.capture.proof import Mismatch
+from nxfx.capture.standpoint import Standpoint
+
+
+def never(path: Traced, index: int, other: Traced, number: int) -> bool:
+    """Every path is followed to its end."""
+    return False
+
+
+def meets(path: Traced, index: int, other: Traced, number: int) -> bool:
+    """Whether at site ``number`` of ``other`` the program stands where it stands at site ``index`` of ``path``."""
+    here, there = path.session.sites[index].standpoint, other.session.sites[number].standpoint
+    if here is None or there is None or here.state is None or here.state != there.state:
+        return False
+    # What is one tensor here must be one there: the nodes that follow were made for these.
+    if any(there.identity[place] != there.identity[first] for place, first in enumerate(here.identity)):
+        return False
+    return _same_memory(here, there, here.written | there.written)
+
+
+def _same_memory(here: Standpoint, there: Standpoint, written: set[int]) -> bool:
+    """Whether a write to one of ``written`` changes the same tensors in both."""
+    for place in written:
+        sharing = [
+            {other for other, memory in enumerate(view.memory) if memory == view.memory[place]} for view in (here, there)
+        ]
+        if sharing[0] != sharing[1]:
+            return False
+    return True
+
+
+Choose = Callable[[list[tuple[Any, Any]]], Any]
+Values = dict[fx.Node, fx.Node]
+
+
+def joined(
+    fork: Fork, arriving: list[tuple[Any, Way, Values]], own: Values, through: list[Traced], choose: Choose
+) -> dict[fx.Node, fx.Node]:
+    """What ``fork``'s own path has there → what there is whichever way the program came.
+
+    Args:
+        arriving: the ways that meet at the fork, each with when it is taken and with its nodes.
+        own: the nodes of the fork's own path.
+        through: the paths that go on from there.
+
+    Raises:
+        Mismatch: it cannot be told which tensor is which.
+    """
+    here = fork.site.standpoint
+    written = {place for path in through for place in _standpoint(path, fork.index).written}
+    for _, way, _ in arriving:
+        there = _standpoint(way.path, way.stop)
+        if here is None or not _same_memory(here, there, written):
+            raise Mismatch(f"memory that is written after {fork.site.location}")
+    found: dict[fx.Node, fx.Node] = {}
+    for place, mark in enumerate(fork.path.marks[fork.index]):
+        # The first mark is what the branch reads. The others are clones that the model did not make.
+        node_of = _unmarked if place else _itself
+        chosen = choose([(guard, node_of(values, way.path.marks[way.stop][place])) for guard, way, values in arriving])
+        if found.setdefault(node_of(own, mark), chosen) is not chosen:
+            raise Mismatch(f"two tensors that are one at {fork.site.location}")
+    return {node: chosen for node, chosen in found.items() if node is not chosen}
+
+
+def _standpoint(path: Traced, index: int) -> Standpoint:
+    found = path.session.sites[index].standpoint
+    if found is None:
+        raise Mismatch("nothing is known of where a path stands")
+    return found
+
+
+def _itself(values: Values, mark: fx.Node) -> fx.Node:
+    return values[mark]
+
+
+def _unmarked(values: Values, mark: fx.Node) -> fx.Node:
+    """The node that ``mark``, a clone made when the branch asked, was made of."""
+    source = mark.args[0]
+    return values[source] if isinstance(source, fx.Node) and source in values else values[mark]

@@ -1,0 +1,131 @@
+"""The merged graph against the traces that it was made from: under a trace's own answers it must compute what the trace computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import fx
+
+from nxfx.capture.explore import Exploration, Fork
+from nxfx.capture.path import Traced
+from nxfx.capture.selects import Selects, is_random, static
+from nxfx.capture.sources import Left, Sources
+
+
+class Mismatch(Exception):
+    """The merged graph is not what a trace says."""
+
+
+def order(selects: Selects) -> None:
+    """Bring the nodes into an order in which operands come first, that of the first path where it has one; drop dead nodes."""
+    graph = selects.graph
+    placed: set[fx.Node] = {n for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+    (output,) = graph.find_nodes(op="output")
+    for node in [n for n in graph.nodes if n.op == "call_function"]:
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            waiting = [a for a in current.all_input_nodes if a not in placed]
+            if waiting:
+                stack += waiting
+                continue
+            stack.pop()
+            if current not in placed:
+                placed.add(current)
+                output.prepend(current)
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and not node.is_impure() and not is_random(node):
+            graph.erase_node(node)
+
+
+class Proof:
+    """Numbers for what nodes compute: the same number for the same function of inputs and weights.
+
+    The traces are numbered at once, before one of their graphs becomes the merged one.
+    """
+
+    def __init__(self, sources: Sources, paths: list[Traced], names: list[Left]) -> None:
+        self._numbers: dict[Any, int] = {}
+        self._names = names
+        self._read: dict[int, list[int]] = {}
+        self._left: dict[int, list[Any]] = {}
+        for path in paths:
+            values = sources.of(path)
+            own = {node: self._number(("source", stands)) for node, stands in values.items()}
+            drawn: Counter[str] = Counter()
+            for node in path.graph_module.graph.nodes:
+                if node.op == "call_function":
+                    own[node] = self._of(node, own, drawn)
+            for stands in values.values():
+                own.setdefault(stands, self._number(("source", stands)))
+            self._read[id(path)] = [own[marks[0]] for marks in path.marks]
+            same = {node: node for node in own}
+            self._left[id(path)] = [self._leaf(sources.left(path, name, {**same, **values}), own) for name in names]
+
+    def _number(self, key: Any) -> int:
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def _leaf(self, value: Any, own: dict[fx.Node, int]) -> Any:
+        return ("node", own[value]) if isinstance(value, fx.Node) else value
+
+    def _of(self, node: fx.Node, own: dict[fx.Node, int], drawn: Counter[str]) -> int:
+        args = static(fx.node.map_arg((node.args, node.kwargs), lambda n: f"#{own[n]}"))
+        ordinal = 0
+        if is_random(node):
+            drawn["random"] += 1
+            ordinal = drawn["random"]
+        return self._number((node.target, args, ordinal))
+
+    def check(self, selects: Selects, exploration: Exploration) -> None:
+        """Compare the merged graph with every trace, condition by condition, output by output.
+
+        Raises:
+            Mismatch: they differ: paths that were joined do not go on alike.
+        """
+        (output,) = selects.graph.find_nodes(op="output")
+        for path in exploration.paths:
+            if path.raised is not None:
+                continue
+            forks = _met(exploration, path)
+            answers = {selects.conditions[f.number]: a for f, a in zip(forks, path.answers, strict=True) if not f.is_check}
+            merged = self._merged(selects, answers)
+            for fork, number in zip(forks, self._read[id(path)], strict=True):
+                condition = selects.conditions[fork.number]
+                if condition in merged and number != merged[condition]:
+                    raise Mismatch(f"what is read at {fork.site.location}")
+            for name, node, traced in zip(self._names, output.args[0], self._left[id(path)], strict=True):
+                if self._leaf(node, merged) != traced:
+                    raise Mismatch(f"{name[0]} {name[1]}")
+
+    def _merged(self, selects: Selects, answers: dict[fx.Node, bool]) -> dict[fx.Node, int]:
+        """The numbers of the merged graph where the branches that read ``answers``' nodes are answered so."""
+        own: dict[fx.Node, int] = {}
+        truth: dict[fx.Node, bool | None] = dict(answers)
+        drawn: Counter[str] = Counter()
+        for node in selects.graph.nodes:
+            if node.op in ("placeholder", "get_attr"):
+                own[node] = self._number(("source", node))
+            elif node in selects.chosen:
+                condition, yes, no = selects.chosen[node]
+                picked = no if truth.get(condition) is False else yes
+                own[node] = own[picked]
+                truth.setdefault(node, truth.get(picked))
+            elif node in selects.safe:
+                own[node] = own[selects.safe[node]]
+            elif node.op == "call_function":
+                own[node] = self._of(node, own, drawn)
+        return own
+
+
+def _met(exploration: Exploration, path: Traced) -> list[Fork]:
+    """The fork at each site of ``path``, also behind the place where it met another path."""
+    forks, way = [], exploration.start
+    for answer in path.answers:
+        if way.fork is None:
+            raise Mismatch("a path goes on where another ends")
+        forks.append(way.fork)
+        way = way.fork.ways[answer]
+    if way.fork is not None:
+        raise Mismatch("a path ends where another goes on")
+    return forks

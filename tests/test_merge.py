@@ -1,0 +1,487 @@
+"""Branches on tensors become data flow: one graph, equal to eager whichever side an input takes; or they stay, and are told why."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import fuzz
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nxfx
+from nxfx.errors import CaptureError
+from nxfx.report import Kind
+from nxfx.verification.equivalence import compare
+
+PASSES = "flag-value-dependence"
+X = torch.tensor([1.5, -2.0, 0.25, 3.0])
+NASTY = [X, torch.tensor([math.nan, 0.0, -0.0, math.inf]), torch.zeros(4), -X]
+
+
+class Model(nn.Module):
+    """``function(self, x, f)``, with a buffer and a linear layer."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("state", torch.arange(4.0))
+
+    def forward(self, x: Tensor, f: Tensor) -> Any:
+        return self.function(self, x, f)
+
+
+def flags(count: int) -> list[Tensor]:
+    return [torch.tensor(v) for v in itertools.product((True, False), repeat=count)]
+
+
+def merged(function: Callable[..., Any], count: int, **options: Any) -> nxfx.PreparedModule:
+    """``function`` prepared once, and compared with eager for every combination of flags on ordinary and nasty data, twice in a row."""
+    model = Model(function)
+    prepared = nxfx.prepare(model, (X.clone(), torch.ones(count, dtype=torch.bool)), pipeline=PASSES, **options)
+    twin = Model(function)
+    twin.load_state_dict(model.state_dict())
+    for f, x in itertools.product(flags(count), NASTY):
+        theirs, ours = (x.clone(), f.clone()), (x.clone(), f.clone())
+        outcome = compare((twin(*theirs), theirs, twin.state), (prepared(*ours), ours, model.state))
+        assert outcome.ok, (f, x, str(outcome))
+    assert not [f for f in prepared.report.findings if f.code in ("NX401", "NX402")]
+    return prepared
+
+
+def count(prepared: nxfx.PreparedModule, *names: str) -> int:
+    return sum(any(n in str(node.target) for n in names) for node in prepared.graph_module.graph.nodes if node.op == "call_function")
+
+
+def reason(function: Callable[..., Any], number: int = 1, **options: Any) -> str:
+    """Why a branch stays."""
+    with pytest.raises(CaptureError) as caught:
+        nxfx.prepare(Model(function), (X.clone(), torch.ones(number, dtype=torch.bool)), pipeline=PASSES, **options)
+    (finding,) = [f for f in caught.value.report.findings if "It stays, since" in f.message]
+    assert finding.code == "NX401" and finding.location.file == __file__ and finding.fix
+    return finding.message.partition("It stays, since ")[2]
+
+
+# --- shapes of control flow ------------------------------------------------------------------------------------------
+
+
+def if_else(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    y = x + 1
+    if f[0]:
+        y = y * 2
+        y = y.abs()
+    else:
+        y = y - 3
+    return torch.relu(y)
+
+
+def early_return(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    if f[0]:
+        return x
+    if f[1]:
+        return x / 0
+    return m.linear(x)
+
+
+def elif_chain(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    if f[0]:
+        y = x.sqrt()
+    elif f[1]:
+        y = x.log()
+    elif f[2]:
+        y = 1 / x
+    else:
+        y = x
+    return m.linear(y).sum() + y
+
+
+def nested(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    if f[0]:
+        if f[1]:
+            if f[2]:
+                x = x.exp()
+            x = x + 1
+        else:
+            return -x
+    return x * 3
+
+
+def conditional_expression(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    return (x if f[0] else -x) + (2.0 if f[1] else 3.0)
+
+
+def and_or_not(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    return x + 1 if f[0] and (not f[1] or f[2]) else x * 2
+
+
+def on_a_merged_value(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    y = x * 2 if f[0] else x - 1
+    if y.sum() > 0:
+        y = y + 10
+    if y[0] > 1 and f[1]:
+        y = y / 3
+    return y
+
+
+def bounded_loop(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    i = 0
+    while i < 3 and (x.abs() < 4).any():
+        x = x * 2
+        i += 1
+    for j in range(3):
+        if f[j]:
+            break
+        x = x + j
+    return x
+
+
+def loop_with_continue(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    total = torch.zeros_like(x)
+    for i in range(3):
+        if f[i]:
+            continue
+        total = total + x * (i + 1)
+    return total
+
+
+def helper(x: Tensor, flag: Tensor) -> Tensor:
+    if flag:
+        scale = x.abs().max()
+        return x / scale
+    return x + 1
+
+
+def one_helper_twice(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    x = helper(x, f[0])
+    return helper(x * 2, f[1])
+
+
+def a_side_that_does_nothing(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    residual = x
+    if not f[0]:
+        x = m.linear(x)
+    return x + residual
+
+
+def python_values(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    k, name = 1.0, "a"
+    if f[0]:
+        k, name = 2.0, "b"
+    if f[1]:
+        x = x * k
+    return x + (1 if name == "b" else 2)
+
+
+def appended_lists(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    parts = [x]
+    if f[0]:
+        parts.append(x * 2)
+    if f[1]:
+        parts.append(x * 3)
+    return torch.stack(parts).sum(0)
+
+
+def caught_exceptions(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    try:
+        if f[0]:
+            raise ValueError
+        x = x + 1
+    except ValueError:
+        x = x * 5
+    finally:
+        x = x - 2
+    return x
+
+
+CONTROL_FLOW = {
+    if_else: 1, early_return: 2, elif_chain: 3, nested: 3, conditional_expression: 2, and_or_not: 3, on_a_merged_value: 2, bounded_loop: 3,
+    loop_with_continue: 3, one_helper_twice: 2, a_side_that_does_nothing: 1, python_values: 2, appended_lists: 2, caught_exceptions: 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", CONTROL_FLOW, ids=lambda f: f.__name__)
+def test_control_flow(function: Callable[..., Any]) -> None:
+    prepared = merged(function, CONTROL_FLOW[function])
+    records = [r for r in prepared.report.rewrites if r.rule == "branch.both-sides"]
+    assert records and all(r.kind is Kind.EXACT and r.location.file == __file__ and "f[" in r.location.source or "any" in r.location.source or "sum" in r.location.source or "flag" in r.location.source for r in records)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def writes_in_both_sides(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    if f[0]:
+        m.state.add_(x)
+        x.mul_(2)
+    else:
+        m.state.zero_()
+    m.state[1:] += 1
+    return x + m.state
+
+
+def condition_written_later(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    flag = f[0]
+    if flag:
+        x = x + 1
+    f.fill_(False)
+    if flag:
+        x = x * 100
+    return x
+
+
+def view_of_either(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    a, b = x * 2, x + 1
+    v = a[1:] if f[0] else b[1:]
+    v.mul_(3)
+    return a + b
+
+
+def alias_or_copy(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    y = x * 1
+    z = y
+    if f[0]:
+        z = y.clone()
+    if f[1]:
+        z.add_(5)
+    return y + z
+
+
+def buffer_rebound(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    if f[0]:
+        m.state = m.state + x
+    if f[1]:
+        m.state = m.state.flip(0)
+    return m.state * 1
+
+
+def input_or_result(m: Any, x: Tensor, f: Tensor) -> list[Tensor]:
+    y = x if f[0] else x * 2
+    if f[1]:
+        x.fill_(7)
+    return [y, x]
+
+
+MEMORY = {writes_in_both_sides: 1, condition_written_later: 1, view_of_either: 1, alias_or_copy: 2, buffer_rebound: 2, input_or_result: 2}
+
+
+@pytest.mark.parametrize("function", MEMORY, ids=lambda f: f.__name__)
+def test_memory(function: Callable[..., Any]) -> None:
+    merged(function, MEMORY[function])
+
+
+# --- what must not be seen of the side that is not taken -------------------------------------------------------------
+
+
+def test_an_index_of_the_other_side_never_raises() -> None:
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        position = (x[0].nan_to_num(0, 9, -9) * 100).long()
+        if position.abs() < 4:
+            y = x.index_select(0, position[None]) + x[position] + x.gather(0, position.abs()[None])
+            x = x.index_put((position[None],), y)
+        return x
+
+    merged(model, 1)
+
+
+def test_an_integer_division_of_the_other_side_never_raises() -> None:
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        n = x.nan_to_num(0, 9, -9).long()
+        if (n != 0).all():
+            return 7 // n + 7 % n
+        return n
+
+    merged(model, 1)
+
+
+def test_a_side_that_raises_is_like_an_assertion() -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        if f[0]:
+            x = x + 1
+        if f[1]:
+            fail()
+        return x * 2
+
+    prepared = nxfx.prepare(Model(model), (X, torch.tensor([True, False])), pipeline=PASSES)
+    (check,) = [f for f in prepared.report.findings if f.code == "NX407"]
+    assert check.location.source == "if f[1]:"
+    for value in (True, False):
+        arguments = (X, torch.tensor([value, False]))
+        assert compare(Model(model)(*arguments), prepared(*arguments)).ok
+
+
+# --- random numbers --------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_after_a_branch_are_drawn_once() -> None:
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        x = x + torch.rand(4)
+        if f[0]:
+            x = x * 2
+        return x + torch.rand_like(x) * torch.rand(4)
+
+    prepared = nxfx.prepare(Model(model), (X, torch.tensor([True])), pipeline=PASSES)
+    assert count(prepared, "rand") == 3
+    for value in (True, False):
+        torch.manual_seed(3)
+        expected, after = Model(model)(X, torch.tensor([value])), None
+        torch.manual_seed(3)
+        expected, after = model(None, X, torch.tensor([value])), torch.rand(1)
+        torch.manual_seed(3)
+        assert compare(expected, prepared(X, torch.tensor([value]))).ok and torch.equal(torch.rand(1), after)
+
+
+def test_random_numbers_on_one_side_stay() -> None:
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        if f[0]:
+            x = x + torch.rand(4)
+        return x
+
+    assert "one side draws random numbers (rand)" in reason(model)
+
+
+# --- what stays, and why ---------------------------------------------------------------------------------------------
+
+
+def other_shape(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    return x if f[0] else x[:2]
+
+
+def other_dtype(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    return x if f[0] else x.double()
+
+
+def other_structure(m: Any, x: Tensor, f: Tensor) -> Any:
+    return [x, x] if f[0] else [x]
+
+
+def other_python_value(m: Any, x: Tensor, f: Tensor) -> Any:
+    return (x, "a") if f[0] else (x, "b")
+
+
+def attribute(m: Any, x: Tensor, f: Tensor) -> Any:
+    if f[0]:
+        m.count = 1
+    return x
+
+
+def number_from_a_side(m: Any, x: Tensor, f: Tensor) -> Any:
+    if f[0]:
+        x = x * float(x[0])
+    return x
+
+
+def singular(m: Any, x: Tensor, f: Tensor) -> Any:
+    return torch.linalg.inv(x.view(2, 2)) if f[0] else x.view(2, 2)
+
+
+STAYS = {
+    other_shape: "float32[4] and float32[2]", other_dtype: "float32[4] and float64[4]", other_structure: "a list of 2 and a list of 1",
+    other_python_value: "return 'a' and 'b'", attribute: "Python attribute 'count'", singular: "linalg_inv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", STAYS, ids=lambda f: f.__name__)
+def test_what_has_no_data_flow_form_stays_and_says_why(function: Callable[..., Any]) -> None:
+    assert STAYS[function] in reason(function)
+
+
+def test_the_cap_counts_traces_and_can_be_raised() -> None:
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        for i in range(5):
+            if f[i]:
+                x = x + i
+        return x
+
+    assert "more than the 4 traces that are allowed: pass max_traces=12" in reason(model, 5, max_traces=4)
+    assert "more than the 1 traces" in reason(model, 5, max_traces=1)
+    merged(model, 5, max_traces=6)
+
+
+# --- size ------------------------------------------------------------------------------------------------------------
+
+
+def _growth(k: int, python_state: bool) -> int:
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        scale = 1.0
+        for i in range(k):
+            if f[i]:
+                x = x * 2 + i
+                scale = 2.0 if python_state else 1.0
+            x = torch.relu(m.linear(x)) - 1
+        return x * scale
+
+    prepared = nxfx.prepare(Model(model), (X, torch.ones(k, dtype=torch.bool)), pipeline=PASSES, max_traces=64)
+    return len(prepared.graph_module.graph.nodes)
+
+
+def test_nodes_grow_by_what_the_sides_hold() -> None:
+    """k branches that meet again: a straight line, and k + 1 traces."""
+    nodes = [_growth(k, python_state=False) for k in range(1, 7)]
+    steps = [b - a for a, b in itertools.pairwise(nodes)]
+    assert max(steps) == min(steps) < 12, nodes
+
+
+def test_paths_that_python_keeps_apart_share_what_they_have_in_common() -> None:
+    """Sixteen paths followed one by one make no sixteen copies, nor two."""
+    assert _growth(4, python_state=True) < 2 * _growth(4, python_state=False)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sqrt", "log", "reciprocal"])
+def test_the_gradient_of_the_other_side_does_not_come_through(name: str) -> None:
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        y = m.linear(x)
+        if f[0]:
+            return getattr(y - y.detach(), name)() * m.state
+        return y * 2
+
+    twin = Model(model)
+    prepared = nxfx.prepare(copy.deepcopy(twin), (X, torch.tensor([True])), pipeline=PASSES, training=True)
+    grads = []
+    for m in (twin, prepared):
+        m.zero_grad()
+        m(X, torch.tensor([False])).sum().backward()
+        grads.append([p.grad for p in m.parameters()])
+    assert all(torch.isfinite(g).all() for g in grads[1]) and compare(grads[0], grads[1]).ok
+
+
+# --- random programs -------------------------------------------------------------------------------------------------
+
+
+def run_programs(seeds: range) -> Counter[str]:
+    figures: Counter[str] = Counter()
+    for seed in seeds:
+        wrong = fuzz.check_branches(seed, figures)
+        assert wrong is None, f"seed {seed}: {wrong}\n{fuzz.described('branches', seed)}"
+    return figures
+
+
+def test_random_programs_on_every_path() -> None:
+    figures = run_programs(range(8))
+    assert figures["branches removed"] > 15 and not figures["not captured"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(6))
+def test_more_random_programs_on_every_path(block: int) -> None:
+    figures = run_programs(range(10 * block + 8, 10 * block + 18))
+    assert figures["branches removed"] > 10 and figures["not captured"] < 4
+
+
+def test_the_programs_are_what_they_should_be() -> None:
+    text = "".join(str(__import__("branch_programs").generate(random.Random(seed))) for seed in range(60))
+    for construct in ("elif", "else", "return", "self.state", "x.mul_", "break", "self.helper", "parts.append", "                if "):
+        assert construct in text
