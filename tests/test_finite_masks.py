@@ -301,3 +301,17 @@ def test_models_keep_their_outputs(name: str, dtype: torch.dtype) -> None:
     for was, is_ in zip(pytree.tree_leaves(expected), pytree.tree_leaves(actual), strict=True):
         if isinstance(was, Tensor):
             assert torch.equal(was.isnan() | (was == is_), torch.ones_like(was, dtype=torch.bool))
+
+
+def test_a_certificate_allows_rows_that_are_masked_whole() -> None:
+    """The model's nan became a number, which NX602 reports; nowhere else."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, scores: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(scores + torch.zeros(4, 4).masked_fill(~kept, float("-inf")), -1)
+
+    kept = torch.ones(4, 4, dtype=torch.bool).tril()
+    kept[2] = False
+    prepared = nxfx.prepare(Attention(), (torch.randn(4, 4), kept), verify=True)
+    assert "NX602" in {f.code for f in prepared.report.findings}
+    assert prepared.report.certificate is not None and prepared.report.certificate.status == "passed"

@@ -26,7 +26,7 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -178,15 +178,10 @@ def emulate(graph_module: fx.GraphModule | torch.nn.Module, autocast: AutoCast =
     return Emulated(graph_module, Emulation(autocast, cast_type))
 
 
-@contextlib.contextmanager
-def _without_onednn() -> Iterator[None]:
+def _without_onednn() -> contextlib.AbstractContextManager[None]:
     """oneDNN hides the products of an lstm, and runs float32 ones in bf16 where torch.set_float32_matmul_precision says so."""
-    was: Any = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]  # a property of the module
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = was
+    off: contextlib.AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
+    return off
 
 
 def _is_float32(value: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 
 from nxfx.boundary import Boundary, hoist
 from nxfx.capture.export import Capture
-from nxfx.capture.structure import flatten
+from nxfx.capture.structure import flatten, unflatten
 from nxfx.errors import PrepareError, RangeError
 from nxfx.graph.copying import copy_graph
 from nxfx.graph.meta import FakeTensor
@@ -54,8 +54,9 @@ def certify(
     certificate.status = "passed"
     runnable: list[tuple[str, Call]] = []
     failing: Call | None = None
+    masked = any(f.code == "NX602" for f in captured.report.findings)
     for name, case in generated_calls(call, captured):
-        outcome, detail = _case(model, prepared, case, reference, strict=strict)
+        outcome, detail = _case(model, prepared, case, reference, strict=strict, masked=masked)
         if name == "example" and outcome == "refused at the boundary":
             outcome = "differs"
         certificate.cases.append(CertificateCase(name, outcome, detail))
@@ -98,7 +99,7 @@ def _flat_inputs(reference: CapturedCall, call: Call) -> list[Any]:
     return reference.admit(flatten((args, kwargs), share=True))
 
 
-def _case(model: torch.nn.Module, prepared: Any, case: Call, reference: CapturedCall, *, strict: bool) -> tuple[str, str]:
+def _case(model: torch.nn.Module, prepared: Any, case: Call, reference: CapturedCall, *, strict: bool, masked: bool) -> tuple[str, str]:
     try:
         eager = run(model, case)
     except Exception as error:
@@ -109,6 +110,8 @@ def _case(model: torch.nn.Module, prepared: Any, case: Call, reference: Captured
         return "refused at the boundary", str(error)[:200]
     except Exception as error:
         return "differs", f"the prepared model raises {type(error).__name__}: {error}"
+    if masked:
+        outcome = Outcome(*_nan_of((eager.value, eager.left), (outcome.value, outcome.left)))
     if _equal(eager, outcome):
         return "equal", ""
     try:
@@ -117,6 +120,21 @@ def _case(model: torch.nn.Module, prepared: Any, case: Call, reference: Captured
         truth = eager
     problems = _problems(eager, outcome, truth, strict=strict)
     return ("differs", "\n".join(problems)) if problems else ("within noise", "")
+
+
+def _nan_of(expected: Any, actual: Any) -> Any:
+    """``actual`` with the nan of ``expected``: rows that are masked whole, which finite-masks makes finite and reports (NX602)."""
+
+    def leaf(ours: Any, theirs: Any) -> Any:
+        pair = (ours, theirs)
+        if not all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in pair) or ours.shape != theirs.shape:
+            return theirs
+        return torch.where(ours.isnan(), ours.to(theirs.dtype), theirs)
+
+    flat, given = flatten(expected), flatten(actual)
+    if flat.spec != given.spec:
+        return actual
+    return unflatten(given.spec, [leaf(*pair) for pair in zip(flat.leaves, given.leaves, strict=True)])
 
 
 def _equal(eager: Outcome, outcome: Outcome) -> bool:
@@ -166,7 +184,8 @@ def _each_pass(
         now = []
         for (name, case), given, was in zip(cases, inputs, outputs, strict=True):
             now.append(run_graph(fresh.graph_module, given))
-            wrong = differences(was, now[-1], lambda graph=before, x=given: _PRECISION.run(graph, x), exact=exact)  # type: ignore[misc]
+            given_back = _nan_of(was, now[-1]) if recipe.pipeline.names[position] == "finite-masks" else now[-1]
+            wrong = differences(was, given_back, lambda graph=before, x=given: _PRECISION.run(graph, x), exact=exact)  # type: ignore[misc]
             if wrong:
                 return case, f"pass {recipe.pipeline.names[position]!r} changes the outputs on {_named(name)}: {wrong[0]}"
         outputs = now
