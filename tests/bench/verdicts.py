@@ -26,7 +26,7 @@ TEXT = """# Three-way verdicts
 
 Fifteen tiny models of `transformers` in bf16 (weights rounded, tables as `from_pretrained` leaves them). Decoders with rotary positions
 start at position {offset}. Error: mean over the first output, relative to the reference's size, against the same computation in fp64 with no
-cast rounding. The model's own error is the noise floor; auto-cast is the [emulation](guide/verifying.md#auto-cast), to bf16. Made by
+cast rounding. The model's own error is the noise floor; auto-cast is the [emulation](autocast.md), to bf16. Made by
 `tests/bench/verdicts.py`.
 
 {table}
