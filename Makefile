@@ -33,10 +33,11 @@ lint: $(VENV)/dev.stamp ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/dev.stamp ## time the pipeline against torch.export, the boundary, and check
+bench: $(VENV)/dev.stamp ## time the pipeline against torch.export, the boundary, check and localisation
 	PYTHONPATH=.:tests $(BIN)/python tests/bench/pipeline.py $(ARGS)
 	PYTHONPATH=. $(BIN)/python tests/bench/boundary.py
 	PYTHONPATH=. $(BIN)/python tests/bench/check.py
+	PYTHONPATH=. $(BIN)/python tests/bench/localise.py
 
 wheel-check: $(VENV)/dev.stamp ## build the wheel and try it in a clean environment, away from this tree
 	TORCH='$(TORCH)' .ci/wheel-check $(BIN)/python

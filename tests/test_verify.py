@@ -545,5 +545,4 @@ def test_the_page_renders_in_a_browser_without_script_errors(failing: nxfx.Verif
     head = ran.stdout[: ran.stdout.index("<head>")]
     assert "data-error" not in head
     assert 'data-lit="2"' in head and 'data-images="0"' in head and 'data-wide="true"' in head
-    assert "<title>FAIL: &lt;img" in ran.stdout
-    assert "hacked</" not in ran.stdout.split("<title>")[1].split("</title>")[0].replace("'hacked'</script>", "")
+    assert "<title>FAIL: &lt;img" in ran.stdout  # had the page run what it shows, this would be another

@@ -159,6 +159,9 @@ def _judge_floats(report: OutputReport, truth: torch.Tensor, model: torch.Tensor
             noise, error = getattr(report.model, name), getattr(report.candidate, name)
             if error > factor * (noise + floor):
                 report.problems.append(f"{words[name]} {error:.3g} is {_times(error, noise)} the model's own {noise:.3g}")
+        if report.model.mean_rel > math.sqrt(torch.finfo(exact_dtype).eps):
+            off = f"the model itself is off by {report.model.mean_rel:.2g} of the reference's size"
+            report.notes.append(f"{off}: a candidate that agrees with it is off as much")
     _tell_shift(report, truth, theirs, finite)
     report.top_k = _top_k(truth, ours, theirs)
     if "logits" in report.path:

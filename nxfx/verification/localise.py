@@ -29,7 +29,13 @@ from nxfx.verification.lanes import MISSING, Around, Stepper, Values, attribute,
 from nxfx.verification.matching import Matching, match
 from nxfx.verification.precision import Precision
 
+aten = torch.ops.aten
 _SHOWN = 20
+# The result holds the operand's numbers, all of them, so its error is the operand's.
+_REARRANGES = frozenset(
+    {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default,
+     aten.unsqueeze.default, aten.squeeze.dim, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default}
+)  # fmt: skip
 Progress = Callable[[int, int], None]
 
 
@@ -224,6 +230,10 @@ class _Sweep:
         floats = [t for t in tensors(lanes.high[node]) if t.is_floating_point()]
         if not floats or node.op == "get_attr":
             self.total[node] = max((self.total.get(n, 0.0) for n in node.all_input_nodes), default=0.0)
+            return
+        source = node.args[0] if node.target in _REARRANGES else None
+        if isinstance(source, fx.Node) and lanes.same[node] and source in self.total:
+            self.total[node] = self.total[source]  # the same numbers in another order
             return
         noise = relative_error(lanes.own[node], lanes.high[node])
         error = None

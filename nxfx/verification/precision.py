@@ -6,8 +6,9 @@ round here; integers, booleans and random draws are the model's own. Ops that on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -38,9 +39,14 @@ _RELAXED = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: 
 
 @dataclass(frozen=True)
 class Precision:
-    """Runs ops with every float at least as wide as ``dtype`` (``torch.float64`` or ``torch.float32``)."""
+    """Runs ops with every float at least as wide as ``dtype`` (``torch.float64`` or ``torch.float32``).
+
+    Attributes:
+        kept: ops that have no kernel for that and ran in the model's own precision.
+    """
 
     dtype: torch.dtype
+    kept: set[str] = field(default_factory=set, compare=False)
 
     @classmethod
     def of(cls, reference: str) -> Precision:
@@ -83,10 +89,18 @@ class Precision:
         if op in _HALF_FLAGS:
             flag = _HALF_FLAGS[op]
             args = (*args[:flag], False, *args[flag + 1 :])
-        written = _written(op)
+        given, named, written = args, kwargs, _written(op)
         args = tuple(a if i in written else self._operand(a) for i, a in enumerate(args))
         kwargs = {k: v if k in written else self._operand(v) for k, v in kwargs.items()}
-        return op(*args, **kwargs)
+        try:
+            return op(*args, **kwargs)
+        except (RuntimeError, NotImplementedError):
+            if node is None:
+                raise
+            # No kernel for this precision (grouped products take bf16 only): the best there is is the model's own.
+            self.kept.add(str(op))
+            args, kwargs = as_captured(node, given, named)
+            return self.widen(op(*args, **kwargs))
 
     def _operand(self, value: Any) -> Any:
         def one(leaf: Any) -> Any:
@@ -133,7 +147,7 @@ class HigherPrecision(TorchDispatchMode):
 
 def draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call draws random numbers: dropout that is off does not."""
-    if not isinstance(op, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
+    if not _can_draw(op):
         return False
     for position, argument in enumerate(op._schema.arguments):
         if argument.name in _SWITCHES:
@@ -141,6 +155,11 @@ def draws(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
             if not isinstance(given, (fx.Node, torch.Tensor)) and not given:  # False, 0.0
                 return False
     return True
+
+
+@functools.cache
+def _can_draw(op: Any) -> bool:
+    return isinstance(op, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in op.tags
 
 
 def relaxed(op: Any) -> Any:
@@ -163,6 +182,7 @@ def as_captured(node: fx.Node | None, args: tuple[Any, ...], kwargs: dict[str, A
     return tuple(one(a, s) for a, s in zip(args, node.args, strict=True)), {k: one(v, node.kwargs[k]) for k, v in kwargs.items()}
 
 
+@functools.cache
 def _written(op: torch._ops.OpOverload) -> set[int | str]:
     """Positions and names of the arguments that ``op`` writes: they keep their dtype."""
     found: set[int | str] = set()

@@ -101,6 +101,8 @@ def verify(
     if tokens:
         with work.stage("tokens"):
             work.match_tokens(tokens)
+    if precision.kept:
+        report.notes.append(f"no {reference} kernel, so part of the reference is the model's own: {', '.join(sorted(precision.kept))}")
     if bisect and not work.report.ok and autocast is None:
         with work.stage("bisect"):
             work.bisect()
