@@ -48,7 +48,7 @@ class Nothing(torch.nn.Module):
 
 class Loop(torch.nn.Module):
     def forward(self, x):
-        return x if x.sum() > 0 else -x
+        return x if x.sum() > 0 else x[:1]
 
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 0]])

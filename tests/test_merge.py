@@ -408,6 +408,45 @@ def test_the_cap_counts_traces_and_can_be_raised() -> None:
     merged(model, 5, max_traces=6)
 
 
+# --- what Python hides where paths meet ------------------------------------------------------------------------------
+
+
+def rows_of_either(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    """The rows to come are held by the loop alone, and the path on which every answer is True never uses one."""
+    rows = torch.stack([x, x * 2])
+    if f[0]:
+        rows = rows + 5
+    total, i = x * 0, 1
+    for row in rows:
+        if f[i]:
+            i += 1
+            continue
+        i += 1
+        total = total + row
+    return total
+
+
+def number_on_the_stack(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    def number(flag: Tensor) -> int:
+        return 2 if flag else 3
+
+    return x * (number(f[0]) + number(f[1]) * number(f[2]))
+
+
+def views_of_a_tensor_without_a_name(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    a, b = (x * 1).chunk(2)
+    if f[0]:
+        b.mul_(3)
+    if not f[1]:
+        a.add_(1)
+    return torch.cat([a, b, a])
+
+
+@pytest.mark.parametrize("function", [rows_of_either, number_on_the_stack, views_of_a_tensor_without_a_name], ids=lambda f: f.__name__)
+def test_what_python_hides_is_not_taken_to_be_the_same(function: Callable[..., Any]) -> None:
+    merged(function, 3)
+
+
 # --- size ------------------------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,10 @@ class Decisions:
     def either(self, one: Any, other: Any) -> Any:
         return self.choose(one, True, other)
 
+    def implies(self, one: Any, other: Any) -> bool:
+        """Whether ``other`` holds wherever ``one`` does."""
+        return other is True or self.choose(one, other, True) is True
+
     def within(self, function: Any, reached: Any) -> Any:
         """A function that agrees with ``function`` wherever ``reached`` holds, and is simpler: the rest does not matter."""
         if not isinstance(function, Test) or reached is True or reached is False:

@@ -29,6 +29,7 @@ class Way:
 
     Attributes:
         fork: the fork it leads to, None: the end of the path.
+        meets: another path has come to ``fork`` before.
         stop: number of the site on ``path`` at which it meets ``fork``; the number of its sites at the end.
     """
 
@@ -36,6 +37,7 @@ class Way:
     start: int
     stop: int
     fork: Fork | None = None
+    meets: bool = False
 
     @property
     def raises(self) -> bool:
@@ -129,6 +131,7 @@ def _follow(found: Exploration, path: Traced, index: int, fork: Fork | None, way
         way.stop = number
         way.fork = next((f for f in later if meets(f.path, f.index, path, number)), None)
         if way.fork is not None:
+            way.meets = True
             return
         if site.exhausted:
             raise Unmergeable("the loop has no bound but the tensor's value", site)

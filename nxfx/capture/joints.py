@@ -35,7 +35,8 @@ def _same_memory(here: Standpoint, there: Standpoint, written: set[int]) -> bool
         sharing = [
             {other for other, memory in enumerate(view.memory) if memory == view.memory[place]} for view in (here, there)
         ]
-        if sharing[0] != sharing[1]:
+        # Without the tensor that the others are views of, what a write leaves in them is not known.
+        if sharing[0] != sharing[1] or not sharing[0] & here.bases & there.bases:
             return False
     return True
 
@@ -57,19 +58,24 @@ def joined(
     Raises:
         Mismatch: it cannot be told which tensor is which.
     """
-    here = fork.site.standpoint
+    here = _standpoint(fork.path, fork.index)
     written = {place for path in through for place in _standpoint(path, fork.index).written}
     for _, way, _ in arriving:
         there = _standpoint(way.path, way.stop)
-        if here is None or not _same_memory(here, there, written):
+        if not _same_memory(here, there, written):
             raise Mismatch(f"memory that is written after {fork.site.location}")
     found: dict[fx.Node, fx.Node] = {}
-    for place, mark in enumerate(fork.path.marks[fork.index]):
-        # The first mark is what the branch reads. The others are clones that the model did not make.
-        node_of = _unmarked if place else _itself
-        chosen = choose([(guard, node_of(values, way.path.marks[way.stop][place])) for guard, way, values in arriving])
-        if found.setdefault(node_of(own, mark), chosen) is not chosen:
+
+    def note(node: fx.Node, options: list[tuple[Any, fx.Node]]) -> None:
+        chosen = choose(options)
+        if found.setdefault(node, chosen) is not chosen:
             raise Mismatch(f"two tensors that are one at {fork.site.location}")
+
+    # The first mark is what the branch reads. The others are clones that the model did not make.
+    note(own[fork.path.marks[fork.index][0]], [(guard, values[way.path.marks[way.stop][0]]) for guard, way, values in arriving])
+    views = [(guard, values, way.path.marks[way.stop][1:], _standpoint(way.path, way.stop).copies()) for guard, way, values in arriving]
+    for place, mark in zip(here.distinct(), fork.path.marks[fork.index][1:], strict=True):
+        note(_unmarked(own, mark), [(guard, _unmarked(values, marks[copies[place]])) for guard, values, marks, copies in views])
     return {node: chosen for node, chosen in found.items() if node is not chosen}
 
 
@@ -78,10 +84,6 @@ def _standpoint(path: Traced, index: int) -> Standpoint:
     if found is None:
         raise Mismatch("nothing is known of where a path stands")
     return found
-
-
-def _itself(values: Values, mark: fx.Node) -> fx.Node:
-    return values[mark]
 
 
 def _unmarked(values: Values, mark: fx.Node) -> fx.Node:

@@ -117,8 +117,7 @@ class _Conversion:
         self.pieces = {id(p): list(_pieces(p)) for p in self.paths}
 
     def run(self) -> Traced:
-        ending = [way.path for _, way in self._ending()]
-        convention = conventions.common(ending, self._parting)
+        convention = conventions.common(self.paths, self._parting)
         names = self.sources.names(self.paths)
         proof = Proof(self.sources, self.paths, names)
         self._place_all()
@@ -159,6 +158,10 @@ class _Conversion:
             return
         guard = self._guard(path, piece)
         for node in pieces[piece]:
+            # What runs on several ways must not use what only one of them has computed.
+            for operand in node.all_input_nodes:
+                if not self.decisions.implies(guard, self.selects.guards.get(values[operand], True)):
+                    raise Mismatch(f"{operand} is not there on every way to {node}")
             values[node] = self.selects.place(node, values.__getitem__, self.seen[id(path)], guard)
 
     def _guard(self, path: Traced, piece: int) -> Any:
@@ -209,9 +212,6 @@ class _Conversion:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
-    def _ending(self) -> list[tuple[Fork | None, Way]]:
-        return [(fork, way) for fork, _, way in self.exploration.ways() if way.fork is None and not way.raises]
-
     def _end(self, name: Any) -> Any:
         """An output, or what a buffer or input holds in the end, chosen between the ways that end."""
         arriving = self._arriving(None)
@@ -242,7 +242,7 @@ def _passed(exploration: Exploration, path: Traced) -> Iterator[Fork]:
     way, number = exploration.start, 0
     while way.fork is not None and number < len(path.session.sites):
         fork = way.fork
-        if fork.index != number:
+        if way.meets:
             return  # another path's from here on
         yield fork
         way = fork.ways[path.answers[number]]

@@ -32,7 +32,7 @@ _SIMPLE = (
 
 @functools.lru_cache(maxsize=4096)
 def names_behind(code: CodeType, offset: int) -> frozenset[str] | None:
-    """The locals on which hidden values rest when ``code`` is at ``offset``; None where they cannot be told."""
+    """What the headers of the loops around ``offset`` name, ``"x"`` or ``"self.layers"``; None where hidden values cannot be told."""
     found = _position(code, offset)
     if found is None:
         return None
@@ -57,6 +57,8 @@ def _behind(parent: ast.AST, child: ast.AST) -> set[str] | None:
     """What hides in ``parent`` while ``child`` runs."""
     if isinstance(parent, (*_NOT_PLAIN, ast.Match)):
         return None
+    if isinstance(parent, ast.Try) and any(child is statement for statement in parent.finalbody):
+        return None  # a result may be waiting
     if isinstance(parent, ast.For):
         return set() if child is parent.iter else _loop(parent)
     if isinstance(parent, ast.expr) and not isinstance(parent, (ast.BoolOp, ast.IfExp, ast.Lambda)):
@@ -72,7 +74,7 @@ def _loop(loop: ast.For) -> set[str] | None:
         return None
     if not all(isinstance(node, (*_SIMPLE, ast.Call)) for node in ast.walk(header)):
         return None
-    names = {node.id for node in ast.walk(header) if isinstance(node, ast.Name)}
+    names = {ast.unparse(node) for node in ast.walk(header) if isinstance(node, (ast.Name, ast.Attribute))}
     inside = [node for part in (loop.target, *loop.body) for node in ast.walk(part) if isinstance(node, ast.Name)]
     stored = {node.id for node in inside if not isinstance(node.ctx, ast.Load)}
     return None if names & stored else names

@@ -60,6 +60,7 @@ class Selects:
     Attributes:
         conditions: what each branch reads, by its number.
         sites: the branches themselves.
+        original: nodes that stand where they stood on the graph's own path.
         guards: for each node, when a path runs it.
         ranks: what a branch reads → its number, for what was chosen between such: the lowest of theirs.
         safe: each node that stands for another while a side runs that is not taken → that other.
@@ -80,6 +81,7 @@ class Selects:
         self.gates: dict[tuple[fx.Node, int], fx.Node] = {}
         self._made: dict[Any, fx.Node] = {}
         self._predicates: dict[int, fx.Node] = {}
+        self.original = set(graph.nodes)
         (self.output,) = graph.find_nodes(op="output")
 
     def key(self, node: fx.Node, args: Any, kwargs: Any, seen: Counter[Any]) -> Any:

@@ -160,13 +160,7 @@ class Session:
 
     def frames(self) -> list[FrameType]:
         """The model's own frames and its libraries', innermost first."""
-        frames: list[FrameType] = []
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.entry:
-            if rank_of(frame.f_code.co_filename):
-                frames.append(frame)
-            frame = frame.f_back
-        return frames
+        return model_frames(sys._getframe(1), self.entry)
 
     def stand(self) -> Standpoint | None:
         """Where the run is, None where nobody asked to know."""
@@ -214,6 +208,16 @@ class Session:
     def rewrote(self, rule: str, kind: Kind, before: str, after: str, bound: str = "") -> None:
         """Record a rewrite at the user's line."""
         self.rewrites.append(Rewrite("capture", rule, kind, self.location(), before, after, 1, bound))
+
+
+def model_frames(frame: FrameType | None, entry: FrameType | None) -> list[FrameType]:
+    """From ``frame`` out to ``entry``: the model's own frames and its libraries', innermost first."""
+    frames: list[FrameType] = []
+    while frame is not None and frame is not entry:
+        if rank_of(frame.f_code.co_filename):
+            frames.append(frame)
+        frame = frame.f_back
+    return frames
 
 
 def location_of(frame: FrameType | None) -> Location:

@@ -99,6 +99,11 @@ def _merge(selects: Selects, condition: fx.Node, yes: fx.Node, no: fx.Node) -> t
     if layout(merged) != layout(yes) and isinstance(meta.val(yes), torch.Tensor):
         selects.graph.erase_node(merged)
         return None
+    # Random numbers are drawn in the order of the first path.
+    stands = no if no in selects.original else yes
+    if stands in selects.original:
+        stands.append(merged)
+        selects.original.add(merged)
     if yes in selects.chosen and no in selects.chosen:
         selects.chosen[merged] = (chosen[0], chosen[1], chosen[2])
         selects.ranks.setdefault(chosen[0], min(selects.ranks[selects.chosen[n][0]] for n in (yes, no)))

@@ -40,6 +40,7 @@ class Standpoint:
         tensors: what stands at each place of a tensor in ``state``, in order.
         identity: for each of them the first place that holds the same object.
         memory: for each of them which memory it lies in.
+        bases: the places of those that are no views of others.
         versions: how often each was written.
         written: the places of those whose memory is written later in this run.
     """
@@ -48,12 +49,22 @@ class Standpoint:
     tensors: list[torch.Tensor]
     identity: list[int] = field(default_factory=list)
     memory: list[int] = field(default_factory=list)
+    bases: set[int] = field(default_factory=set)
     versions: list[int] = field(default_factory=list)
     written: set[int] = field(default_factory=set)
 
     def keep(self) -> list[torch.Tensor]:
-        """Copies of the tensors as they are now, for the trace to return."""
-        return [tensor.clone() for tensor in self.tensors]
+        """Copies of the tensors as they are now, each tensor once, for the trace to return."""
+        return [self.tensors[place].clone() for place in self.distinct()]
+
+    def distinct(self) -> list[int]:
+        """The places at which a tensor stands for the first time."""
+        return [place for place, first in enumerate(self.identity) if place == first]
+
+    def copies(self) -> dict[int, int]:
+        """Place → which of the copies is of the tensor there."""
+        numbers = {place: number for number, place in enumerate(self.distinct())}
+        return {place: numbers[first] for place, first in enumerate(self.identity)}
 
     def leave(self) -> None:
         """The run is over: note what was written since, and let go of the tensors."""
@@ -77,14 +88,16 @@ def look(frames: list[FrameType], inputs: Any, state: Any) -> Standpoint:
     """
     seer = _Seer()
     try:
-        seen = (tuple(seer.frame(f) for f in reversed(frames)), seer.value(inputs, 0), seer.value(state, 0))
+        torchs = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
+        seen = (torchs, tuple(seer.frame(f) for f in reversed(frames)), seer.value(inputs, 0), seer.value(state, 0))
     except _Unseen:
         return Standpoint(None, [])
     tensors = seer.tensors
     first: dict[int, int] = {}
     identity = [first.setdefault(id(t), place) for place, t in enumerate(tensors)]
     memory = [t.untyped_storage()._cdata for t in tensors]
-    return Standpoint(seen, tensors, identity, memory, [0 if t.is_inference() else t._version for t in tensors])
+    bases = {place for place, t in enumerate(tensors) if not t._is_view()}
+    return Standpoint(seen, tensors, identity, memory, bases, [0 if t.is_inference() else t._version for t in tensors])
 
 
 class _Seer:
@@ -99,6 +112,8 @@ class _Seer:
             raise _Unseen(code.co_qualname if hasattr(code, "co_qualname") else code.co_name)
         live = liveness.live_at(code, offset)
         found = frame.f_locals
+        if any(isinstance(_named(found, name), torch.Tensor) for name in hidden):
+            raise _Unseen("a loop over a tensor: the rows to come are hidden")
         names = [n for n in found if live is None or n in live or n in hidden]
         if _rank(code.co_filename):
             held: Any = tuple((name, self.value(found[name], 0)) for name in sorted(names))
@@ -156,6 +171,14 @@ class _Seer:
         self.tensors.append(value)
         sizes = tuple(map(str, (*value.shape, "|", *value.stride(), "|", value.storage_offset())))
         return "tensor", value.dtype, sizes, value.device, value.requires_grad
+
+
+def _named(names: Any, dotted: str) -> Any:
+    first, *rest = dotted.split(".")
+    value = names.get(first)
+    for attribute in rest:
+        value = getattr(value, attribute, None)
+    return value
 
 
 def _is_plain(value: Any) -> bool:

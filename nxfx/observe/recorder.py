@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nxfx.analysis import value_ops
-from nxfx.capture.session import location_of, rank_of
+from nxfx.capture.session import location_of, model_frames, rank_of
 from nxfx.observe import constructs
 from nxfx.observe.constructs import Reading
 from nxfx.report.locations import Location
@@ -63,13 +63,7 @@ class Record:
 
     def frames(self) -> list[FrameType]:
         """The model's own frames and its libraries', innermost first."""
-        frames: list[FrameType] = []
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self.entry:
-            if rank_of(frame.f_code.co_filename):
-                frames.append(frame)
-            frame = frame.f_back
-        return frames
+        return model_frames(sys._getframe(1), self.entry)
 
     def add(self, reading: Reading, frames: list[FrameType], value: str) -> None:
         """``reading`` happened where ``frames`` are, and gave ``value``."""
