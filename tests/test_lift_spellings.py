@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from test_lift_int_casts import errors, lifted
+from lifting import errors, lifted
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -24,7 +24,7 @@ def integer_grids(graph: fx.Graph, origins: IntegerOrigins) -> Iterator[fx.Node]
     """Grids of low-precision values that are made of integers, each of whose results is read by itself."""
     for target in _MESHGRIDS:
         for node in graph.find_nodes(op="call_function", target=target):
-            made_of = [origins.of(v) for v in node.args[0]]  # type: ignore[union-attr]
+            made_of = [origins.of(v) for v in node.args[0]]
             integer = any(m is not None and m.integer for m in made_of)
             low = all(dtype_rules.is_low_precision(dtype_of(v)) for v in node.all_input_nodes)
             static = all(type(s) is int for v in node.all_input_nodes for s in meta.val(v).shape)
