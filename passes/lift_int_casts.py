@@ -133,6 +133,10 @@ class LiftIntCasts(Pass):
             low = next((origins.members[n].low for n in node.all_input_nodes if n in region.nodes), None)
             before = f"{short(low or dtype_of(node))} rounds what {op_name(node)} magnifies"
             records.append(self.rewrite(node, "lift.sensitive-use", Kind.REFINES, before, "float32"))
+        if not records and region.nodes:  # what rounds the integers gains nothing itself; the arithmetic after it does
+            node = next(iter(region.nodes))
+            before = f"{short(dtype_of(node))} rounds what {op_name(node)} makes of integers"
+            records.append(self.rewrite(node, "lift.arithmetic", Kind.REFINES, before, "float32"))
         return records
 
     def _record(self, node: fx.Node, rule: str, entry: Entry, low: torch.dtype | None) -> Rewrite:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -343,3 +344,14 @@ def test_work_is_linear_in_nodes() -> None:
 def test_random_programs_never_get_worse(seed: int, dtype: torch.dtype, declared: bool) -> None:
     """Mean and 99.9th percentile of the outputs' errors over 32 inputs are at most 1.02 times eager's."""
     check(seed, dtype, declared)
+
+
+def test_what_is_lifted_behind_a_value_that_gains_nothing_is_recorded() -> None:
+    """Found by fuzzing (seed 2): a region without the cast that it began with."""
+    found = check(2, *_drawn(2))
+    assert found.result.changed and found.result.rewrites
+
+
+def _drawn(seed: int) -> tuple[torch.dtype, bool]:
+    rng = random.Random(seed)
+    return rng.choice(LOW), rng.random() < 0.5
