@@ -26,7 +26,7 @@ test: $(VENV)/dev.stamp ## run the tests (JOBS=2 processes, ARGS="-k narrow"; AR
 test-xla: ## run the passes, capture and hand-off tests on torch 2.9 with torch-xla (7 GB; skipped when the disk has less)
 	JOBS=$(JOBS) .ci/test-xla $(PYTHON) $(ARGS)
 
-fuzz: $(VENV)/dev.stamp ## random programs against eager (ARGS="--what writes|bounds|integers --programs 50000 --seed 0")
+fuzz: $(VENV)/dev.stamp ## random programs against eager (ARGS="--what writes|bounds|integers|branches|precision --programs 50000 --seed 0")
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -W ignore tests/fuzz.py $(ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff and mypy --strict

@@ -16,6 +16,7 @@ from nxfx.graph import outer_products
 from nxfx.graph.builder import NodeBuilder
 from nxfx.lifting import findings
 from nxfx.lifting.edits import Lift
+from nxfx.lifting.grids import integer_grids, spread_grid
 from nxfx.lifting.words import described, exact_limit, short
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report.rewrites import Kind, Rewrite
@@ -78,6 +79,11 @@ class LiftIntCasts(Pass):
         result = PassResult()
         build = NodeBuilder(graph_module.graph, self.name)
         origins = self._origins(graph_module, context)
+        if grids := list(integer_grids(graph_module.graph, origins)):
+            for node in grids:
+                result.rewrites.append(self.rewrite(node, "lift.grid", Kind.EXACT, "meshgrid", "views"))
+                spread_grid(build, node)
+            origins = self._origins(graph_module, context)
         if self.options.outer_products and (products := worth_spreading(origins)):
             result.rewrites += [self._spread(build, node, origins, context) for node in products]
             origins = self._origins(graph_module, context)
@@ -127,6 +133,10 @@ class LiftIntCasts(Pass):
             low = next((origins.members[n].low for n in node.all_input_nodes if n in region.nodes), None)
             before = f"{short(low or dtype_of(node))} rounds what {op_name(node)} magnifies"
             records.append(self.rewrite(node, "lift.sensitive-use", Kind.REFINES, before, "float32"))
+        if not records and region.nodes:  # what rounds the integers gains nothing itself; the arithmetic after it does
+            node = next(iter(region.nodes))
+            before = f"{short(dtype_of(node))} rounds what {op_name(node)} makes of integers"
+            records.append(self.rewrite(node, "lift.arithmetic", Kind.REFINES, before, "float32"))
         return records
 
     def _record(self, node: fx.Node, rule: str, entry: Entry, low: torch.dtype | None) -> Rewrite:

@@ -4,6 +4,7 @@
     python tests/fuzz.py --what bounds --programs 500                 slices with tensor bounds, one capture each, prepare()
     python tests/fuzz.py --what integers --programs 5000              64-bit arithmetic, narrow-64bit
     python tests/fuzz.py --what branches --programs 500               ifs on tensors, one capture each, prepare()
+    python tests/fuzz.py --what precision --programs 200              integers in low precision against float64, lift-int-casts
 
 Program ``i`` is made from seed ``--seed + i``: a difference is reported with its seed and the shortest program that shows
 it, and the exit code is 1.
@@ -23,6 +24,7 @@ from typing import Any
 import bound_programs
 import branch_programs
 import integer_programs
+import precision_programs
 import torch
 import view_programs
 
@@ -151,7 +153,21 @@ def check_branches(seed: int, figures: Counter[str], program: Any = None) -> str
     return None
 
 
-CHECKS: dict[str, Callable[..., str | None]] = {"writes": check_writes, "bounds": check_bounds, "integers": check_integers, "branches": check_branches}
+def check_precision(seed: int, figures: Counter[str], program: Any = None) -> str | None:
+    """Integers, bf16 or fp16 and the ops that magnify rounding: every rewritten value and the outputs against float64."""
+    rng = random.Random(seed)
+    try:
+        found = precision_programs.check(seed, rng.choice(precision_programs.LOW), rng.random() < 0.5)
+    except AssertionError as error:
+        return str(error).splitlines()[0] if str(error) else "AssertionError"
+    figures["rewrites"] += len(found.result.rewrites)
+    return None
+
+
+CHECKS: dict[str, Callable[..., str | None]] = {
+    "writes": check_writes, "bounds": check_bounds, "integers": check_integers, "branches": check_branches,
+    "precision": check_precision,
+}  # fmt: skip
 
 
 def described(what: str, seed: int) -> str:
@@ -160,6 +176,8 @@ def described(what: str, seed: int) -> str:
         return str(integer_programs.Program(seed).gm.code)
     if what == "branches":
         return str(branch_programs.generate(random.Random(seed)))
+    if what == "precision":
+        return f"precision_programs.Program({seed}, ...)"
     if what == "bounds":
         return str(bound_programs.generate(random.Random(seed)))
     program = view_programs.generate(random.Random(seed))

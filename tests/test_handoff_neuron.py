@@ -346,7 +346,7 @@ def test_flags_the_users_win_and_contradictions_are_told(wanted: Any, flags: lis
 
 def test_flags_reach_the_compiler_and_the_report() -> None:
     example = (torch.randn(2, 1, 8), torch.tensor(0))
-    traced = nxfx.trace(Cached(), example, target="trn1", compiler_args="--auto-cast=all", cpu_backend=True)
+    traced = nxfx.trace(Cached(), example, target="trn1", sdk="2.26", compiler_args="--auto-cast=all", cpu_backend=True)
     assert legacy.calls[0]["compiler_args"] == traced.compiler_args
     assert "--auto-cast=all" in traced.compiler_args and "--target=trn1" in traced.compiler_args
     assert [f.code for f in traced.report.findings if f.code == "NX550"] == ["NX550"]

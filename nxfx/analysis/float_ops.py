@@ -32,7 +32,7 @@ class Family(Enum):
 
 
 # Sequences of numbers, sums, and constants filled with one number (and where that number stands).
-SEQUENCES = frozenset(overloads("arange", "linspace", "logspace"))
+SEQUENCES = frozenset(overloads("arange", "linspace", "logspace", "affine_grid_generator"))
 SUMS = frozenset(overloads("sum", "cumsum"))
 FILLS = {aten.full.default: 1, aten.full_like.default: 1, aten.new_full.default: 2, aten.scalar_tensor.default: 0}
 
@@ -64,9 +64,9 @@ _ARITHMETIC = overloads(
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "sinc", "asin", "acos", "atan",
     "atan2", "sinh", "cosh", "tanh", "sigmoid", "erf", "floor", "ceil", "trunc", "round", "frac", "sign", "fmod",
     "remainder", "hypot", "lerp", "addcmul", "addcdiv", "deg2rad", "rad2deg", "sum", "mean", "prod", "cumsum",
-    "cumprod", "outer", "ger",
+    "cumprod", "outer", "ger", "affine_grid_generator",
 )  # fmt: skip
-_FIRST_ONLY = frozenset(overloads("sum", "mean", "prod", "cumsum", "cumprod", "round"))
+_FIRST_ONLY = frozenset(overloads("sum", "mean", "prod", "cumsum", "cumprod", "round", "affine_grid_generator"))
 _CONSTANTS = overloads("zeros", "ones", "eye", "zeros_like", "ones_like", "new_zeros", "new_ones")
 # Where the values stand that a SELECT op picks from; every argument when it is not listed.
 _PICKED: dict[Any, tuple[int, ...]] = {
@@ -84,7 +84,7 @@ FAMILIES: dict[Any, Family] = {
     **dict.fromkeys([*_PICKED, *_EXTREMA], Family.SELECT),
     **dict.fromkeys(_ARITHMETIC, Family.COMPUTE),
     **dict.fromkeys(outer_products.PRODUCTS, Family.OUTER),
-    **dict.fromkeys([*SEQUENCES, *FILLS, *_CONSTANTS], Family.FACTORY),
+    **dict.fromkeys([*(SEQUENCES - set(_ARITHMETIC)), *FILLS, *_CONSTANTS], Family.FACTORY),
     **dict.fromkeys(overloads("eq", "ne", "lt", "le", "gt", "ge"), Family.COMPARE),
     **dict.fromkeys(overloads("polar", "complex", "view_as_complex"), Family.COMPLEX),
 }
