@@ -96,7 +96,7 @@ def check(seed: int, dtype: torch.dtype, declared: bool) -> Lifted:
         for kept, values in zip(collected, found.values(given), strict=True):
             kept.append(outputs(values))
     for eager, after, truth in zip(*(map(torch.cat, zip(*runs, strict=True)) for runs in collected), strict=True):
-        finite = eager.isfinite() & truth.isfinite()
+        finite = eager.isfinite() & truth.to(eager.dtype).isfinite()  # beyond its largest number infinity is the right answer
         assert after[finite].isfinite().all(), "an infinity that eager had not"
         was, is_ = error_against(truth[finite], eager[finite]), error_against(truth[finite], after[finite])
         assert is_.mean <= 1.02 * was.mean and is_.p999 <= 1.02 * was.p999, (was, is_)
