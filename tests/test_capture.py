@@ -321,6 +321,11 @@ def test_counters_in_values_without_entries(fn: Any, start: Any) -> None:
 TABLE = torch.ones(3)
 
 
+def _seeding(model: Any, x: torch.Tensor) -> torch.Tensor:
+    torch.manual_seed(0)  # so that eager gives the same numbers on every call
+    return x + torch.rand(3)
+
+
 class Counted(nn.Module):
     calls = 0
 
@@ -335,15 +340,16 @@ class Counted(nn.Module):
         (Counted, "class attribute Counted.calls"),
         (lambda: Fn(lambda s, x: x * random.random()), "Python's random"),
         (lambda: Fn(lambda s, x: x * float(numpy.random.rand())), "numpy.random"),
+        (lambda: Fn(_seeding), "forward seeds torch's generator (0)"),
         (lambda: Fn(lambda s, x: x + TABLE), "neither an argument nor the model's own"),
     ],
-    ids=["class-attribute", "random", "numpy", "global-tensor"],
+    ids=["class-attribute", "random", "numpy", "seed", "global-tensor"],
 )
 def test_what_is_baked_from_outside_the_model_is_reported(make: Any, words: str) -> None:
-    before = random.getstate()
+    before, torch_before = random.getstate(), torch.get_rng_state()
     report = nxfx.prepare(make(), v3()).report
     assert any(f.code == "NX406" and words in f.message for f in report.findings)
-    assert random.getstate() == before and Counted.calls == 0
+    assert random.getstate() == before and Counted.calls == 0 and torch.equal(torch.get_rng_state(), torch_before)
 
 
 def test_tensor_literals_are_not_reported() -> None:

@@ -18,11 +18,11 @@ DENSE = (
 MOE = "mixtral qwen2_moe deepseek_v2 deepseek_v3 gpt_oss granitemoe llama4_text"
 LINEAR = "mamba mamba2 jamba bamba recurrent_gemma qwen3_next lfm2 rwkv"
 ENCODERS = "bert roberta distilbert albert deberta_v2 modernbert big_bird xlnet"
-ENCDEC = "t5 t5_static bart_static marian pegasus"
+ENCDEC = "t5 t5_static bart_static marian pegasus fsmt"
 VISION = "vit deit swin swinv2 convnext beit dinov2 segformer resnet"
 AUDIO = "wav2vec2 hubert whisper whisper_static audio_spectrogram_transformer"
 MULTIMODAL = "clip siglip blip llava mllama paligemma"
-REFUSED = "llama_dynamic_rope dbrx longformer reformer fsmt vilt qwen2_vl"
+REFUSED = "llama_dynamic_rope dbrx longformer vilt qwen2_vl"
 
 # One precision is enough where the graph is large.
 LARGE = {"gemma3n_text", "qwen3_next", "big_bird", "rwkv", "zamba"}

@@ -12,6 +12,7 @@ from nxfx.report import Finding, Severity
 from nxfx.report.locations import locate
 
 _PLAIN = (bool, int, float, str, bytes, type(None))
+_SEED = 0x6E786678  # nobody else's: a forward that seeds with the seed in use is seen too
 _LITERAL = torch.ops.aten.lift_fresh_copy.default
 
 
@@ -23,6 +24,8 @@ class OutsideState:
         self._classes = [(c, k, v) for c in classes for k, v in vars(c).items() if isinstance(v, _PLAIN) and not k.startswith("__")]
         self._random: Any = random.getstate()
         self._numpy: Any = numpy.random.get_state(legacy=False)
+        self._torch = torch.get_rng_state()
+        torch.default_generator.manual_seed(_SEED)
 
     def findings(self) -> list[Finding]:
         """What forward changed there, put back as it was."""
@@ -38,6 +41,12 @@ class OutsideState:
         if repr(numpy.random.get_state(legacy=False)) != repr(self._numpy):
             numpy.random.set_state(self._numpy)
             found.append(_baked("forward draws from numpy.random"))
+        seed = torch.initial_seed()
+        torch.set_rng_state(self._torch)
+        if seed != _SEED:
+            message = f"forward seeds torch's generator ({seed}): the graph does not, so that its random ops draw other numbers on each call"
+            fix = "seed outside of the model, or make the numbers a buffer"
+            found.append(Finding("NX406", Severity.ERROR, message, fix=fix))
         return found
 
 
