@@ -346,8 +346,9 @@ class Counted(nn.Module):
     ids=["class-attribute", "random", "numpy", "seed", "global-tensor"],
 )
 def test_what_is_baked_from_outside_the_model_is_reported(make: Any, words: str) -> None:
+    model, args = make(), v3()
     before, torch_before = random.getstate(), torch.get_rng_state()
-    report = nxfx.prepare(make(), v3()).report
+    report = nxfx.prepare(model, args).report
     assert any(f.code == "NX406" and words in f.message for f in report.findings)
     assert random.getstate() == before and Counted.calls == 0 and torch.equal(torch.get_rng_state(), torch_before)
 

@@ -44,7 +44,7 @@ class OutsideState:
         seed = torch.initial_seed()
         torch.set_rng_state(self._torch)
         if seed != _SEED:
-            message = f"forward seeds torch's generator ({seed}): the graph does not, so that its random ops draw other numbers on each call"
+            message = f"forward seeds torch's generator ({seed}): the graph does not, and draws other numbers on each call"
             fix = "seed outside of the model, or make the numbers a buffer"
             found.append(Finding("NX406", Severity.ERROR, message, fix=fix))
         return found
