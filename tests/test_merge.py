@@ -529,6 +529,13 @@ def test_random_programs_on_every_path() -> None:
     assert figures["branches removed"] > 15 and not figures["not captured"]
 
 
+def test_what_cannot_be_proved_is_refused_with_the_line() -> None:
+    """The proof fails on this program, found by `make fuzz`: no graph is made of it, and no internal error shows."""
+    figures: Counter[str] = Counter()
+    assert fuzz.check_branches(5119, figures) is None
+    assert figures["not captured"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", range(6))
 def test_more_random_programs_on_every_path(block: int) -> None:

@@ -54,7 +54,10 @@ def merged(tracer: Tracer, max_traces: int = MAX_TRACES) -> Traced:
         except Mismatch:
             # Two paths looked alike where they met, and went on differently: follow each to its end.
             traces.forget()
-            return _Conversion(explore(traces.trace(()), traces.trace, joints.never), tracer.training).run()
+            try:
+                return _Conversion(explore(traces.trace(()), traces.trace, joints.never), tracer.training).run()
+            except Mismatch as unproved:
+                raise Unmergeable(f"it is not proved that one graph computes what each side does ({unproved})") from unproved
     except (Unmergeable, CaptureError) as error:
         raise branches.refusal([p.session for p in traces.known.values()], type(tracer.model).__name__, error) from error
 

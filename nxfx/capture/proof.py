@@ -70,6 +70,9 @@ class Proof:
         return ("node", own[value]) if isinstance(value, fx.Node) else value
 
     def _of(self, node: fx.Node, own: dict[fx.Node, int], drawn: Counter[str]) -> int:
+        missing = [n for n in node.all_input_nodes if n not in own]
+        if missing:
+            raise Mismatch(f"{missing[0]} is not there yet for {node}")
         args = static(fx.node.map_arg((node.args, node.kwargs), lambda n: f"#{own[n]}"))
         ordinal = 0
         if is_random(node):
