@@ -64,7 +64,11 @@ def _bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _equal_with_nan(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    same = a == b
+    if same.all():
+        return True
+    nan = a.isnan()
+    return bool(nan.any()) and bool((same | (nan & b.isnan())).all())
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
