@@ -175,26 +175,25 @@ def _refusal(node: fx.Node | None, error: Exception) -> LoweringError:
 
 
 @contextlib.contextmanager
-def _no_execution(xla: Any) -> Iterator[None]:
+def _setting(xla: Any, name: str, value: bool) -> Iterator[None]:
+    """One of torch-xla's switches, put back afterwards."""
+    before = getattr(xla._XLAC, f"_get_{name}")()
+    getattr(xla._XLAC, f"_set_{name}")(value)
+    try:
+        yield
+    finally:
+        getattr(xla._XLAC, f"_set_{name}")(before)
+
+
+def _no_execution(xla: Any) -> contextlib.AbstractContextManager[None]:
     """Any execution while tracing is an error: its result would be baked in."""
     xla.sync()
-    allowed = xla._XLAC._get_allow_execution()
-    xla._XLAC._set_allow_execution(False)
-    try:
-        yield
-    finally:
-        xla._XLAC._set_allow_execution(allowed)
+    return _setting(xla, "allow_execution", False)
 
 
-@contextlib.contextmanager
-def _named_nodes(xla: Any) -> Iterator[None]:
+def _named_nodes(xla: Any) -> contextlib.AbstractContextManager[None]:
     """Operations say in which scope they were traced."""
-    before = xla._XLAC._get_ir_debug()
-    xla._XLAC._set_ir_debug(True)
-    try:
-        yield
-    finally:
-        xla._XLAC._set_ir_debug(before)
+    return _setting(xla, "ir_debug", True)
 
 
 class _OnDevice(WithWeights):
