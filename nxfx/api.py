@@ -14,7 +14,7 @@ from nxfx.analysis.intervals import INT32
 from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, hoist
 from nxfx.capture.export import Capture, capture, without_autocast
-from nxfx.capture.merge import MAX_TRACES
+from nxfx.capture.merging.merge import MAX_TRACES
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
 from nxfx.graph.walk import reshape_views
 from nxfx.lifting.tables import restore_tables

@@ -14,7 +14,7 @@ from torch import fx
 
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral
 from nxfx.analysis.provenance import Premise, Role, Source
-from nxfx.capture.merge import MAX_TRACES, merged
+from nxfx.capture.merging.merge import MAX_TRACES, merged
 from nxfx.capture.path import Tracer, autocast_state
 from nxfx.capture.shell import Convention, bind, parameter_names
 from nxfx.capture.state import writing_line

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.capture.standpoint import Standpoint, look
+from nxfx.capture.merging.standpoint import Standpoint, look
 from nxfx.capture.trace import Trace, module_path, node_of
 from nxfx.errors import CaptureError
 from nxfx.report.findings import Finding, Severity

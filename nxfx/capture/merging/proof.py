@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from nxfx.capture.explore import Exploration, Fork
+from nxfx.capture.merging.explore import Exploration, Fork
+from nxfx.capture.merging.selects import Selects, is_random, static
+from nxfx.capture.merging.sources import Left, Sources
 from nxfx.capture.path import Traced
-from nxfx.capture.selects import Selects, is_random, static
-from nxfx.capture.sources import Left, Sources
 
 
 class Mismatch(Exception):

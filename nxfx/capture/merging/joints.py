@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx
 
-from nxfx.capture.explore import Fork, Way
+from nxfx.capture.merging.explore import Fork, Way
+from nxfx.capture.merging.proof import Mismatch
+from nxfx.capture.merging.standpoint import Standpoint
 from nxfx.capture.path import Traced
-from nxfx.capture.proof import Mismatch
-from nxfx.capture.standpoint import Standpoint
 
 
 def never(path: Traced, index: int, other: Traced, number: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nxfx.capture import liveness, positions
+from nxfx.capture.merging import liveness, positions
 from nxfx.capture.structure import open_container
 from nxfx.graph.meta import FakeTensor
 from nxfx.report.locations import frame_rank

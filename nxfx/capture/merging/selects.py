@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from nxfx.analysis import value_ops
-from nxfx.capture.decisions import Decisions, Test
-from nxfx.capture.explore import Unmergeable
+from nxfx.capture.merging.decisions import Decisions, Test
+from nxfx.capture.merging.explore import Unmergeable
 from nxfx.capture.session import Site
 from nxfx.graph import meta
 from nxfx.graph.builder import NodeBuilder

@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from nxfx.analysis import value_ops
-from nxfx.capture.explore import Unmergeable
-from nxfx.capture.selects import Selects, is_random
+from nxfx.capture.merging.explore import Unmergeable
+from nxfx.capture.merging.selects import Selects, is_random
 from nxfx.graph import meta
 from nxfx.report.locations import locate
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.capture.selects import Selects, is_random, layout, static
+from nxfx.capture.merging.selects import Selects, is_random, layout, static
 from nxfx.graph import meta
 
 

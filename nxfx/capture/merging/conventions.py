@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nxfx.capture.explore import Unmergeable
+from nxfx.capture.merging.explore import Unmergeable
 from nxfx.capture.path import Traced
 from nxfx.capture.session import Site
 from nxfx.capture.shell import Assigned, Convention

@@ -1,9 +1,9 @@
 """Branches on tensor values, removed: all paths of a model in one graph, with ``where`` where they differ.
 
-The model is traced again with one answer flipped at a time (:mod:`~nxfx.capture.explore`). What the paths have in common is one
+The model is traced again with one answer flipped at a time (:mod:`~nxfx.capture.merging.explore`). What the paths have in common is one
 node; where they meet, what differs is chosen by the conditions, and the choice moves up as far as both sides do the same
-(:mod:`~nxfx.capture.sink`). What then still runs for one side only must be harmless for the inputs of the other
-(:mod:`~nxfx.capture.speculation`). At the end the graph is compared with every trace that it was made from: under the answers of
+(:mod:`~nxfx.capture.merging.sink`). What then still runs for one side only must be harmless for the inputs of the other
+(:mod:`~nxfx.capture.merging.speculation`). At the end the graph is compared with every trace that it was made from: under the answers of
 that trace it is the same graph.
 """
 
@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.capture import branches, conventions, errors, joints, speculation
-from nxfx.capture.decisions import Decisions
-from nxfx.capture.explore import Exploration, Fork, Unmergeable, Way, explore
+from nxfx.capture import branches, errors
+from nxfx.capture.merging import conventions, joints, speculation
+from nxfx.capture.merging.decisions import Decisions
+from nxfx.capture.merging.explore import Exploration, Fork, Unmergeable, Way, explore
+from nxfx.capture.merging.proof import Mismatch, Proof, order
+from nxfx.capture.merging.selects import Selects
+from nxfx.capture.merging.sink import sink
+from nxfx.capture.merging.sources import Sources
 from nxfx.capture.path import Traced, Tracer
-from nxfx.capture.proof import Mismatch, Proof, order
-from nxfx.capture.selects import Selects
 from nxfx.capture.session import Site
 from nxfx.capture.shell import Convention
-from nxfx.capture.sink import sink
-from nxfx.capture.sources import Sources
 from nxfx.errors import CaptureError
 from nxfx.report.rewrites import Kind, Rewrite
 
