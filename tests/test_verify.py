@@ -536,14 +536,15 @@ def test_the_page_renders_in_a_browser_without_script_errors(failing: nxfx.Verif
         "<script>document.querySelector('.g span').click();"
         "document.documentElement.dataset.lit = document.querySelectorAll('.g span.on').length;"
         "document.documentElement.dataset.images = document.images.length;"
-        "document.documentElement.dataset.wide = document.querySelector('svg').getBoundingClientRect().width > 100;</script>"
+        "document.documentElement.dataset.wide = document.querySelector('svg').getBoundingClientRect().width > 100;"
+        "document.documentElement.dataset.fits = document.documentElement.scrollWidth <= window.innerWidth;</script>"
     )
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace("<title>", probe + "<title>", 1).replace("</body>", click + "</body>", 1), encoding="utf-8")
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000")  # fmt: skip
+             "--disable-component-update", "--disable-sync", "--window-size=1300,900", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000")  # fmt: skip
     ran = subprocess.run([browser, *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
     head = ran.stdout[: ran.stdout.index("<head>")]
     assert "data-error" not in head
-    assert 'data-lit="2"' in head and 'data-images="0"' in head and 'data-wide="true"' in head
+    assert 'data-lit="2"' in head and 'data-images="0"' in head and 'data-wide="true"' in head and 'data-fits="true"' in head
     assert "<title>FAIL: &lt;img" in ran.stdout  # had the page run what it shows, this would be another

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import linecache
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -22,13 +22,15 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _FOOT = 960, 240, 56, 10, 24
 
 _STYLE = """
 :root { color-scheme: light dark; --bad: #c62828; --good: #2e7d32; --line: #8884; --soft: #8881; --model: #1976d2; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .2rem .6rem; border-bottom: 1px solid var(--line); }
-td.n { text-align: right; font-variant-numeric: tabular-nums; } code, pre { font: 13px/1.45 ui-monospace, monospace; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; } .wide { overflow-x: auto; }
+td.told { padding-left: 4rem; opacity: .8; } tr.has-told td { border-bottom: none; } th { vertical-align: bottom; }
+code, pre { font: 13px/1.45 ui-monospace, monospace; }
 pre { overflow: auto; background: var(--soft); padding: .6rem; max-height: 32rem; } .FAIL { color: var(--bad); font-weight: 600; }
 .PASS { color: var(--good); font-weight: 600; } mark { background: #ffd54f; color: #000; }
-.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; }
+.two { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } .two > div { min-width: 0; }
 .g span { display: block; white-space: pre; }
 .g span:target, .g span.on { background: #ffd54f; color: #000; } .made { color: var(--model); }
 svg { width: 100%; height: auto; } svg text { fill: currentColor; font: 11px system-ui, sans-serif; } a { color: inherit; }
@@ -54,10 +56,10 @@ def page(report: VerifyReport) -> str:
         f'<h1>nxfx verify: <span class="{verdict}">{verdict}</span></h1>',
         f"<p>{_text(f'{report.candidate} against {report.model}, {report.reference} reference')}<br>{_text(report.summary())}</p>",
         _list("Problems", report.problems),
+        _blame(report),
         _outputs(report.outputs),
         _tokens(report),
         _along(report),
-        _blame(report),
         _bisection(report),
         _matmuls(report),
         _prepared(report),
@@ -87,13 +89,16 @@ def _list(title: str, items: Iterable[str]) -> str:
     return _section(title, f"<ul>{rows}</ul>" if rows else "")
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells are markup already; a number's cell starts with ``#``."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are markup already; a number's cell starts with ``#``. A cell more than the head has is told in a line below its row."""
     lines = []
     for row in rows:
-        cells = (f'<td class="n">{c[1:]}</td>' if c.startswith("#") else f"<td>{c}</td>" for c in row)
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f"<table><tr>{''.join(f'<th>{_text(h)}</th>' for h in head)}</tr>{''.join(lines)}</table>"
+        cells = "".join(f'<td class="n">{c[1:]}</td>' if c.startswith("#") else f"<td>{c}</td>" for c in row[: len(head)])
+        told = "".join(f'<tr><td class="told" colspan="{len(head)}">{t}</td></tr>' for t in row[len(head) :] if t)
+        opened = '<tr class="has-told">' if told else "<tr>"
+        lines.append(f"{opened}{cells}</tr>{told}")
+    header = "".join(f"<th>{_text(h)}</th>" for h in head)
+    return f'<div class="wide"><table><tr>{header}</tr>{"".join(lines)}</table></div>'
 
 
 def _number(value: float | None) -> str:
@@ -113,7 +118,7 @@ def _outputs(outputs: list[OutputReport]) -> str:
         told = "<br>".join(map(_text, (*output.problems, *output.notes)))
         cells = [f'<span class="{verdict}">{verdict}</span>', f"<code>{_text(output.path)}</code>", _text(output.dtype + output.shape)]
         rows.append([*cells, *numbers, _text(top), told])
-    head = ("", "output", "type", "max error", "model's", "mean error", "model's", "relative", "cosine", "top-k", "")
+    head = ("", "output", "type", "max error", "model's", "mean error", "model's", "relative", "cosine", "top-k")
     return _section("Outputs", _table(head, rows) if rows else "")
 
 
