@@ -122,6 +122,49 @@ def test_top_k_errors_have_the_tolerances_of_logit_matching() -> None:
     assert [t.ok for t in judge("logits", truth, truth.float(), candidate).top_k] == [False, True, True, True]
 
 
+class _Counting(torch.nn.Module):
+    def __init__(self, keep: bool = True) -> None:
+        super().__init__()
+        self.keep = keep
+        self.register_buffer("total", torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.total + x
+        if self.keep:
+            self.total.copy_(total)
+        return total * 2
+
+
+def test_what_only_one_side_writes_fails_or_is_told() -> None:
+    x = torch.randn(4)
+    for model, candidate, who in ((True, False, "the model"), (False, True, "the candidate")):
+        report = nxfx.verify(_Counting(model), _Counting(candidate), (x,))
+        assert not report.ok and _problems(report, "state.total") == [f"only {who} changes it"]
+
+    opaque = _Counting()
+    report = nxfx.verify(_Counting(), lambda x: opaque(x), (x,))
+    assert report.ok and any("state.total is not compared" in note for note in report.notes)
+
+    def destroys(x: torch.Tensor) -> torch.Tensor:
+        result = _Counting(False)(x)
+        x.zero_()
+        return result
+
+    report = nxfx.verify(_Counting(False), destroys, (x,))
+    assert not report.ok and _problems(report, "argument.0") == ["only the candidate changes it"]
+
+
+def _problems(report: nxfx.VerifyReport, path: str) -> list[str]:
+    return next(o.problems for o in report.outputs if o.path == path)
+
+
+def test_arrays_of_a_remote_function_count_as_tensors() -> None:
+    model, x = torch.nn.Linear(4, 2).eval(), torch.randn(3, 4)
+    assert nxfx.verify(model, lambda x: model(x).numpy(), (x,)).ok
+    report = nxfx.verify(model, lambda x: model(x).numpy() + 1, (x,))
+    assert not report.ok and report.outputs[0].problems
+
+
 def test_state_and_arguments_are_outputs_too_and_are_put_back() -> None:
     class Counts(nn.Module):
         def __init__(self, step: float) -> None:

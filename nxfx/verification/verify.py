@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from nxfx import api
 from nxfx.capture.structure import flatten
@@ -204,7 +206,10 @@ class _Verification:
         try:
             if self.report.autocast is not None and self.graph is not None:
                 return through(self.graph, self.call, self._emulated)
-            return run(candidate, self.call)
+            outcome = run(candidate, self.call)
+            if not self.strict:  # what serves a model elsewhere often answers in arrays
+                outcome.value = pytree.tree_map_only(numpy.ndarray, torch.from_numpy, outcome.value)
+            return outcome
         except Exception as error:
             self.report.problems.append(f"the candidate raises {type(error).__name__}: {_first_line(error)}")
             return None
@@ -238,11 +243,20 @@ class _Verification:
         for name in {**self.eager.left, **outcome.left}:
             mine, given = self.eager.left.get(name), outcome.left.get(name)
             if mine is None or given is None:
-                if self.strict:
-                    who = "the model" if given is None else "the candidate"
-                    self.report.outputs.append(OutputReport(name, problems=[f"only {who} changes it"]))
+                if given is None and not self._shows(name):
+                    self.report.notes.append(f"{name} is not compared: the model changes it, and the candidate does not show its own")
+                    continue
+                who = "the model" if given is None else "the candidate"
+                self.report.outputs.append(OutputReport(name, problems=[f"only {who} changes it"]))
                 continue
             self.report.outputs.append(judge(name, self.truth.left.get(name), mine, given, strict=self.strict))
+
+    def _shows(self, name: str) -> bool:
+        """Whether a change of ``name`` by the candidate would be seen: arguments always, state where it has a buffer of that name."""
+        where, _, rest = name.partition(".")
+        if where == "argument":
+            return True
+        return isinstance(self.candidate, torch.nn.Module) and rest in dict(model_of(self.candidate).named_buffers())
 
     # -- which line ---------------------------------------------------------------------------------------------------------
 
