@@ -16,13 +16,24 @@ from typer.core import TyperGroup
 
 import nxfx
 from nxfx.cli import console
+from nxfx.cli.options import (
+    REPORT_FORMATS,
+    Output,
+    PipelineText,
+    Preparation,
+    Ranges,
+    ReportFormat,
+    Sdk,
+    Spec,
+    TargetName,
+    Traceback,
+)
 from nxfx.errors import UsageError
 
 EXIT_CODES = "Exit codes: 0 done; 1 the model failed, check found errors or verify a difference; 2 wrong usage; 130 interrupted."
 
 
 FORMATS = ("code", "text", "table", "json", "dot")
-REPORT_FORMATS = ("text", "json")
 DIALECTS = ("stablehlo", "hlo")
 WEIGHTS = ("arguments", "inline")
 REFERENCES = ("fp64", "fp32")
@@ -77,55 +88,6 @@ app = typer.Typer(
     "nxfx doctor                       what this machine can compile for",
 )
 
-Spec = Annotated[
-    str,
-    typer.Argument(
-        metavar="SPEC",
-        show_default=False,
-        help="package.module:factory, path/file.py:factory, or a .pt2 file. The factory takes nothing and "
-        "returns model, (model, args) or (model, args, kwargs).",
-    ),
-]
-Target = Annotated[str, typer.Option("--target", metavar="NAME", help="inf2, trn1, trn2 or trn3.")]
-Sdk = Annotated[
-    str | None,
-    typer.Option(
-        "--sdk",
-        metavar="RELEASE",
-        show_default=False,
-        help="The Neuron SDK release that compiles, 2.26 to 2.33. Default: the latest known.",
-    ),
-]
-PipelineText = Annotated[
-    str | None,
-    typer.Option(
-        "--pipeline",
-        metavar="TEXT",
-        show_default=False,
-        help="Passes to run, in order: name{option=value; ...}, name, ... 'default' stands for the default ones, "
-        "'' for none.",
-    ),
-]
-Ranges = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--range",
-        metavar="INPUT=LOW:HIGH",
-        show_default=False,
-        help="What an integer input can hold, both ends included; may be repeated.",
-    ),
-]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show the Python traceback of an error too.")]
-Output = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Write there instead of standard output."),
-]
-
-ReportFormat = Annotated[
-    str, typer.Option("--format", "-f", metavar="|".join(REPORT_FORMATS), help="text for people, json for programs.")
-]
-
-
 @app.callback(invoke_without_command=True)
 def root(
     context: typer.Context,
@@ -166,7 +128,7 @@ def dump(
         ),
     ] = None,
     pipeline: PipelineText = None,
-    target: Target = "trn2",
+    target: TargetName = "trn2",
     sdk: Sdk = None,
     ranges: Ranges = None,
     output: Output = None,
@@ -192,9 +154,9 @@ def dump(
             raise UsageError(f"--diff goes with --format code or text, not {format}")
         from nxfx.cli import dump
 
-        request = dump.Request(spec, format, diff, print_after, pipeline, target, sdk, console.ranges(ranges or ()))
+        how = Preparation(pipeline, target, sdk, console.ranges(ranges or ()))
         console.check_writable(output)
-        console.emit(dump.run(request), output, paint=console.paint_diff if diff else None)
+        console.emit(dump.run(dump.Request(spec, format, diff, print_after), how), output, paint=console.paint_diff if diff else None)
 
 
 @app.command(epilog=EXIT_CODES)
@@ -203,7 +165,7 @@ def check(
     format: ReportFormat = "text",
     strict_warnings: Annotated[bool, typer.Option("--strict-warnings", help="Exit 1 on warnings too.")] = False,
     pipeline: PipelineText = None,
-    target: Target = "trn2",
+    target: TargetName = "trn2",
     sdk: Sdk = None,
     ranges: Ranges = None,
     output: Output = None,
@@ -225,7 +187,7 @@ def check(
         from nxfx.cli import check
 
         console.check_writable(output)
-        result = check.run(spec, pipeline, target, sdk, console.ranges(ranges or ()))
+        result = check.run(spec, Preparation(pipeline, target, sdk, console.ranges(ranges or ())))
         text = result.report.to_json() if format == "json" else str(result.report)
         console.emit(text, output, paint=console.paint_report if format == "text" else None)
         if result.error is not None:
@@ -250,7 +212,7 @@ def lower(
         ),
     ] = "arguments",
     pipeline: PipelineText = None,
-    target: Target = "trn2",
+    target: TargetName = "trn2",
     sdk: Sdk = None,
     ranges: Ranges = None,
     output: Output = None,
@@ -279,7 +241,7 @@ def lower(
         from nxfx.cli import lower
 
         console.check_writable(output)
-        lowered = lower.run(lower.Request(spec, to, weights, pipeline, target, sdk, console.ranges(ranges or ())))
+        lowered = lower.run(spec, to, weights, Preparation(pipeline, target, sdk, console.ranges(ranges or ())))
         if output is not None and output.suffix == ".mlirbc":
             lowered.write(output)
         else:
@@ -331,7 +293,7 @@ def verify(
     ] = None,
     format: ReportFormat = "text",
     pipeline: PipelineText = None,
-    target: Target = "trn2",
+    target: TargetName = "trn2",
     sdk: Sdk = None,
     ranges: Ranges = None,
     output: Output = None,
@@ -360,20 +322,15 @@ def verify(
         console.check_writable(output)
         console.check_writable(html)
         report = verify.run(
-            verify.Request(
-                spec,
-                candidate,
-                captures,
-                reference,
-                autocast,
-                cast_type,
-                tokens,
-                localise,
-                pipeline,
-                target,
-                sdk,
-                console.ranges(ranges or ()),
-            )
+            spec,
+            candidate,
+            Preparation(pipeline, target, sdk, console.ranges(ranges or ())),
+            reference=reference,
+            autocast=autocast,
+            cast_type=cast_type,
+            localise=localise,
+            captures=captures,
+            tokens=tokens,
         )
         if html is not None:
             console.emit(report.to_html(), html)

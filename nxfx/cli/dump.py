@@ -10,13 +10,12 @@ from typing import Any
 
 from torch import fx
 
-from nxfx import api
 from nxfx.cli import console, specs
+from nxfx.cli.options import Preparation
 from nxfx.errors import UsageError
 from nxfx.graph import printing
-from nxfx.pipeline import Pass, PassContext, PassResult, PassRun, Pipeline
+from nxfx.pipeline import Pass, PassContext, PassResult, PassRun
 from nxfx.report.locations import locate
-from nxfx.targets import get_target
 
 CAPTURE = "capture"
 
@@ -29,10 +28,6 @@ class Request:
     format: str
     diff: bool
     print_after: str | None
-    pipeline: str | None
-    target: str
-    sdk: str | None
-    ranges: dict[str, tuple[int, int]]
 
 
 class AfterCapture(Pass):
@@ -122,15 +117,14 @@ def _statistics(run: PassRun) -> str:
     return f"{'changed' if run.changed else 'unchanged'}: {made}, {run.seconds * 1e3:.1f} ms"
 
 
-def run(request: Request) -> str:
+def run(request: Request, how: Preparation) -> str:
     """The text to print.
 
     Raises:
         UsageError: wrong SPEC, pass, option or target.
         NxfxError: the model or a pass failed.
     """
-    target = get_target(request.target, request.sdk)
-    pipeline = Pipeline.default(target) if request.pipeline is None else Pipeline.parse(request.pipeline)
+    _, pipeline = how.chosen()
     if request.print_after not in (None, "all", "changed", CAPTURE):
         pipeline.only(str(request.print_after))  # raises for a pass that is not in it, with the nearest name
     with console.progress() as progress:
@@ -143,17 +137,9 @@ def run(request: Request) -> str:
                     f"{request.spec!r} was prepared before it was saved: there is nothing to compare it with"
                 )
             return recorder.render(loaded.prepared.graph_module)
-        progress("capturing")
         observed = pipeline.with_pass(AfterCapture, before=pipeline.names[0] if pipeline.names else None)
-        prepared = api.prepare(
-            loaded.model,
-            loaded.args,
-            loaded.kwargs,
-            target=target,
-            pipeline=observed if request.diff or request.print_after else pipeline,
-            ranges=request.ranges or None,
-            observer=recorder,
-        )
+        stages = observed if request.diff or request.print_after else pipeline
+        prepared = how.prepare(loaded, progress, pipeline=stages, observer=recorder)
         progress("printing")
         recorder.add(Stage("prepared", recorder.render(prepared.graph_module)))
         return _join(recorder.stages, request)

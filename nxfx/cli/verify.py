@@ -2,79 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nxfx import api
 from nxfx.cli import console, specs
+from nxfx.cli.options import Preparation
 from nxfx.errors import UsageError
-from nxfx.pipeline import Pipeline
-from nxfx.targets import get_target
 from nxfx.verification.report import VerifyReport
 from nxfx.verification.verify import verify
 
 
-@dataclass(frozen=True)
-class Request:
-    """What was asked for on the command line."""
-
-    spec: str
-    candidate: str | None
-    captures: Path | None
-    reference: str
-    autocast: str | None
-    cast_type: str
-    tokens: int
-    localise: bool | None
-    pipeline: str | None
-    target: str
-    sdk: str | None
-    ranges: dict[str, tuple[int, int]]
-
-
-def run(request: Request) -> VerifyReport:
+def run(spec: str, candidate: str | None, how: Preparation, *, captures: Path | None, **options: Any) -> VerifyReport:
     """Compare the candidate with the model that the SPEC names.
+
+    Args:
+        options: more of what :func:`nxfx.verify` takes.
 
     Raises:
         UsageError: wrong SPEC, candidate, captures, pass, option, target, SDK release or range name.
         NxfxError: the model or a pass failed.
     """
-    target = get_target(request.target, request.sdk)
-    for path in (request.candidate if request.candidate and _is_outputs(request.candidate) else None, request.captures):
-        if path is not None and not Path(path).exists():  # before the model is loaded
+    how.chosen()  # before the model is loaded
+    for path in (candidate if candidate and _is_outputs(candidate) else None, captures):
+        if path is not None and not Path(path).exists():
             raise UsageError(f"no such file: {path}")
-    pipeline = Pipeline.default(target) if request.pipeline is None else Pipeline.parse(request.pipeline)
     with console.progress() as progress:
-        progress(f"loading {request.spec}")
-        loaded = specs.load(request.spec)
+        progress(f"loading {spec}")
+        loaded = specs.load(spec)
         if loaded.prepared is not None:
-            raise UsageError(f"{request.spec} is a prepared model: name the model it was made from, and this file with --candidate")
-        candidate: Any = _candidate(request.candidate)
-        if candidate is None and request.autocast is None:
-            progress("preparing")
-            candidate = api.prepare(
-                loaded.model,
-                loaded.args,
-                loaded.kwargs,
-                target=target,
-                pipeline=pipeline,
-                ranges=request.ranges or None,
-                observer=lambda step, graph_module, run: progress(f"after {step.name}"),
-            )
-        return verify(
-            loaded.model,
-            candidate,
-            loaded.args,
-            kwargs=loaded.kwargs,
-            reference=request.reference,  # type: ignore[arg-type]  # checked by the caller
-            autocast=request.autocast,  # type: ignore[arg-type]
-            cast_type=request.cast_type,  # type: ignore[arg-type]
-            localise=request.localise,
-            captures=request.captures,
-            tokens=request.tokens,
-            progress=progress,
-        )
+            raise UsageError(f"{spec} is a prepared model: name the model it was made from, and this file with --candidate")
+        other = _candidate(candidate)
+        if other is None and options["autocast"] is None:
+            other = how.prepare(loaded, progress)
+        return verify(loaded.model, other, loaded.args, kwargs=loaded.kwargs, captures=captures, progress=progress, **options)
 
 
 def _candidate(text: str | None) -> Any:
