@@ -18,7 +18,8 @@ from nxfx.prepared import Recipe
 from nxfx.report.rewrites import Kind, Rewrite
 from nxfx.verification.equivalence import compare
 from nxfx.verification.judge import judge
-from nxfx.verification.localise import Blame, localise
+from nxfx.verification.localisation import Blame
+from nxfx.verification.localise import localise
 from nxfx.verification.precision import Precision
 
 

@@ -24,7 +24,7 @@ _LOWEST_EPS = 2**-7
 
 
 def cause_of(node: fx.Node, original: fx.Node, found: Deviation) -> str:
-    """The cause that ``found`` at ``node`` fits: one of the words of :class:`~nxfx.verification.localise.Blame`."""
+    """The cause that ``found`` at ``node`` fits: one of the words of :class:`~nxfx.verification.localisation.Blame`."""
     if node.op in ("get_attr", "placeholder"):
         return "rounded weight" if node.op == "get_attr" and found.local < _OTHER_VALUE else "rewrite"
     if found.kind == "integer":

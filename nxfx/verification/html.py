@@ -14,7 +14,7 @@ from nxfx.graph import printing
 from nxfx.graph.escaping import printable
 from nxfx.report.locations import Location, locate
 from nxfx.verification.judge import OutputReport
-from nxfx.verification.localise import Blame, NodeError
+from nxfx.verification.localisation import Blame, NodeError
 from nxfx.verification.report import VerifyReport
 
 _AROUND = 4  # lines of code around the one at fault

@@ -1,109 +1,141 @@
-"""Running two graphs in step, node by node, each value kept only while something still needs it."""
+"""Two graphs in step: at each node the model's own value, the reference's, the candidate's, and what its inputs explain."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
-from nxfx.verification.precision import Precision, as_captured, draws, relaxed
-
-MISSING = object()
-Around = Callable[[], AbstractContextManager[Any]]
-
-
-def attribute(graph_module: fx.GraphModule, node: fx.Node) -> Any:
-    """What a ``get_attr`` node refers to."""
-    value: Any = graph_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    return value
+from nxfx.verification.deviation import Deviation, bits_equal, deviation, other_bits, tensors
+from nxfx.verification.matching import Matching
+from nxfx.verification.precision import Precision
+from nxfx.verification.stepping import MISSING, Around, Stepper, Values, attribute, evaluate, is_random
 
 
-def is_random(node: fx.Node) -> bool:
-    """Whether the node draws random numbers."""
-    return draws(node.target, node.args, node.kwargs)
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and how; see :func:`~nxfx.verification.localise.localise`.
 
-
-def evaluate(node: fx.Node, value_of: Callable[[fx.Node], Any], precision: Precision | None) -> Any:
-    """The op of ``node`` on the values of its inputs: in the precision of its graph, or in a higher one."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-    if precision is not None:
-        return precision.call(node.target, tuple(args), dict(kwargs), node)
-    args, kwargs = as_captured(node, tuple(args), dict(kwargs))
-    return relaxed(node.target)(*args, **kwargs)
-
-
-class Values:
-    """Values of nodes, dropped after their last use."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self._of: dict[fx.Node, Any] = {}
-        self._last: dict[fx.Node, list[fx.Node]] = {}
-        seen: set[fx.Node] = set()
-        for node in reversed(graph.nodes):
-            for used in (*node.all_input_nodes, node):
-                if used not in seen:
-                    seen.add(used)
-                    self._last.setdefault(node, []).append(used)
-
-    def __getitem__(self, node: fx.Node) -> Any:
-        return self._of[node]
-
-    def __setitem__(self, node: fx.Node, value: Any) -> None:
-        self._of[node] = value
-
-    def drop_after(self, node: fx.Node) -> list[fx.Node]:
-        """Forget what nothing after ``node`` uses; the nodes that were forgotten."""
-        dead = self._last.get(node, [])
-        for used in dead:
-            self._of.pop(used, None)
-        return dead
-
-
-class Stepper:
-    """Runs a graph as far as it is asked to.
-
-    Args:
-        pinned: nodes whose values are kept until :meth:`release`.
-        around: a context that every op runs in: an emulation.
+    Attributes:
+        matching: node of the original → the candidate's node that stands for it.
     """
 
-    def __init__(
-        self, graph_module: fx.GraphModule, inputs: Sequence[Any], pinned: Iterable[fx.Node], around: Around = nullcontext
-    ) -> None:
-        self.graph_module, self.around = graph_module, around
-        self.pinned = set(pinned)
-        self._inputs = iter(inputs)
-        self._values = Values(graph_module.graph)
-        self._kept: dict[fx.Node, Any] = {}
-        self._nodes = iter(graph_module.graph.nodes)
-        self._done: set[fx.Node] = set()
+    original: fx.GraphModule
+    inputs: Sequence[Any]
+    candidate: fx.GraphModule | None
+    candidate_inputs: Sequence[Any]
+    precision: Precision
+    captures: dict[fx.Node, torch.Tensor] = field(default_factory=dict)
+    eps: float | None = None
+    around: Around = nullcontext
+    exact: bool = False
+    matching: Matching = field(default_factory=dict)
 
-    def value(self, node: fx.Node) -> Any:
-        """The value of a pinned node; runs the graph up to it."""
-        while node not in self._done:
-            self._step(next(self._nodes))
-        return self._kept[node]
 
-    def release(self, node: fx.Node) -> None:
-        self._kept.pop(node, None)
+class Lanes:
+    """The values at one point of the walk.
 
-    def _step(self, node: fx.Node) -> None:
+    Attributes:
+        own, high: the model's own run, and the reference's.
+        theirs: the candidate's values of matched nodes.
+        same: whether the candidate has the very value that the model has.
+    """
+
+    def __init__(self, of: Comparison, keep: frozenset[fx.Node]) -> None:
+        self.of, self.keep = of, keep
+        graph = of.original.graph
+        self.own, self.high = Values(graph), Values(graph)
+        self._own_on_theirs, self._high_on_theirs = Values(graph), Values(graph)
+        self.theirs: dict[fx.Node, Any] = {}
+        self.same: dict[fx.Node, bool] = {}
+        self._given: dict[fx.Node, tuple[Any, Any]] = {}
+        self._inputs = iter(of.inputs)
+        pinned = set(of.matching.values())
+        candidate = of.candidate
+        self._stepper = Stepper(candidate, of.candidate_inputs, pinned, of.around) if candidate is not None else None
+
+    def step(self, node: fx.Node) -> None:
+        """Compute everything there is to know of ``node``."""
+        theirs = self._candidates(node)
         if node.op == "placeholder":
-            value = next(self._inputs)
+            own = next(self._inputs)
+            high = own
         elif node.op == "get_attr":
-            value = attribute(self.graph_module, node)
-        elif node.op == "output":
-            value = None
+            own = high = attribute(self.of.original, node)
+        elif is_random(node):  # one draw for all: it is no fault to draw again
+            own = theirs if theirs is not MISSING else evaluate(node, self.own.__getitem__, None)
+            high = own
         else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
-            with self.around():
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
-        self._values[node] = value
-        self._done.add(node)
-        if node in self.pinned:
-            self._kept[node] = value
-        self._values.drop_after(node)
+            own = evaluate(node, self.own.__getitem__, None)
+            high = evaluate(node, self.high.__getitem__, self.of.precision)
+        self.own[node], self.high[node] = own, high
+        same_inputs = all(self.same[n] for n in node.all_input_nodes)
+        explained, explained_high = own, None
+        if node.op == "call_function" and not is_random(node) and not same_inputs:
+            explained = evaluate(node, self._own_on_theirs.__getitem__, None)
+        if theirs is MISSING:
+            self.same[node] = same_inputs
+            explained_high = explained if node.op != "call_function" or is_random(node) else self._on_theirs(node)
+            self._own_on_theirs[node], self._high_on_theirs[node] = explained, explained_high
+        else:
+            self.theirs[node] = theirs
+            self.same[node] = theirs is own or bits_equal(theirs, own)
+            value = own if self.same[node] and _dtypes(theirs) == _dtypes(own) else theirs
+            self._own_on_theirs[node] = self._high_on_theirs[node] = value
+        self._given[node] = (explained, explained_high)
+
+    def _on_theirs(self, node: fx.Node) -> Any:
+        return evaluate(node, self._high_on_theirs.__getitem__, self.of.precision)
+
+    def _candidates(self, node: fx.Node) -> Any:
+        of = self.of
+        if node in of.captures:
+            return of.captures[node]
+        if self._stepper is not None and node in of.matching:
+            return self._stepper.value(of.matching[node])
+        return MISSING
+
+    def explained(self, node: fx.Node) -> Any:
+        """What the candidate's inputs make of ``node`` in the model's precision."""
+        return self._given[node][0]
+
+    def explained_high(self, node: fx.Node) -> Any:
+        """The same in high precision."""
+        kept = self._given[node][1]
+        if kept is not None or node.op != "call_function" or is_random(node):
+            return self._given[node][0] if kept is None else kept
+        return self._on_theirs(node)
+
+    def deviation(self, node: fx.Node) -> Deviation | None:
+        """How the candidate's value deviates from what its inputs explain."""
+        theirs = self.theirs.get(node, MISSING)
+        if theirs is MISSING or not tensors(theirs):
+            return None
+        explained = self.explained(node)
+        if theirs is explained:
+            return None
+        if self.of.exact:
+            return other_bits(theirs, explained)
+        if bits_equal(theirs, explained):
+            return None
+        return deviation(theirs, explained, self.explained_high(node), self.of.eps, computed=node.op == "call_function")
+
+    def drop_after(self, node: fx.Node) -> None:
+        for values in (self.own, self.high, self._own_on_theirs, self._high_on_theirs):
+            dead = values.drop_after(node)
+        for used in dead:
+            self.theirs.pop(used, None)
+            if used not in self.keep:
+                self._given.pop(used, None)
+            if self._stepper is not None and used in self.of.matching:
+                self._stepper.release(self.of.matching[used])
+        if node not in self.keep:
+            self._given.pop(node, None)
+
+
+def _dtypes(value: Any) -> list[torch.dtype]:
+    return [t.dtype for t in tensors(value)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nxfx.graph.escaping import printable
 from nxfx.verification.autocast import AutoCast, CastType
 from nxfx.verification.judge import OutputReport
-from nxfx.verification.localise import Localisation
+from nxfx.verification.localisation import Localisation
 
 if TYPE_CHECKING:
     from torch import fx

@@ -13,8 +13,8 @@ from nxfx.graph import printing
 from nxfx.report.locations import Location, locate
 from nxfx.verification.autocast import AutoCast, CastType, Emulation
 from nxfx.verification.deviation import relative_error
-from nxfx.verification.lanes import Values, attribute, evaluate
 from nxfx.verification.precision import Precision
+from nxfx.verification.stepping import Values, attribute, evaluate
 
 aten = torch.ops.aten
 MATMULS = frozenset(

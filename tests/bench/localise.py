@@ -20,7 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from nxfx.verification.localise import Localisation, localise
+from nxfx.verification.localisation import Localisation
+from nxfx.verification.localise import localise
 from nxfx.verification.precision import Precision
 from nxfx.verification.verify import _admitted, _captured
 
