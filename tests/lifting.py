@@ -20,10 +20,12 @@ from harness import Captured, assert_invariants, golden, graph_of, run_passes
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from nxfx.analysis.float_ops import dtype_of
 from nxfx.passes.lift_int_casts import LiftIntCasts
 from nxfx.pipeline import PassContext, PipelineResult
 from nxfx.verification.equivalence import error_against
 from nxfx.verification.measures import widen
+from nxfx.verification.precision import as_captured
 
 aten = torch.ops.aten
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -32,21 +34,34 @@ FACTORIES = ("full", "zeros", "ones", "arange", "eye", "scalar_tensor", "linspac
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps the value of every node; ``wide`` stands for every float dtype narrower than it."""
+    """Runs a graph and keeps the value of every node.
 
-    def __init__(self, gm: fx.GraphModule, wide: torch.dtype | None = None) -> None:
+    Args:
+        wide: stands for every float dtype narrower than it.
+        region: the names of the nodes where it does; everywhere, when None. Who is outside is given what its operands are rounded to.
+    """
+
+    def __init__(self, gm: fx.GraphModule, wide: torch.dtype | None = None, region: set[str] | None = None) -> None:
         super().__init__(gm, garbage_collect_values=False)
-        self.wide = wide
+        self.wide, self.region = wide, region
         self.values: dict[str, Any] = {}
 
     def run_node(self, node: fx.Node) -> Any:
-        if self.wide is not None and node.op == "call_function":
+        is_wide = self.wide is not None and (self.region is None or node.name in self.region)
+        if is_wide and node.op == "call_function":
             result = None if "_assert_tensor_metadata" in str(node.target) else self._widened(node)
         else:
             result = super().run_node(node)
-        result = pytree.tree_map(lambda v: v.to(self._wider(v.dtype)) if isinstance(v, Tensor) else v, result)
+        if is_wide:
+            result = pytree.tree_map(lambda v: v.to(self._wider(v.dtype)) if isinstance(v, Tensor) else v, result)
         self.values[node.name] = result
         return result
+
+    def fetch_args_kwargs_from_env(self, node: fx.Node) -> Any:
+        args, kwargs = super().fetch_args_kwargs_from_env(node)
+        if self.region is None or node.name in self.region:
+            return args, kwargs
+        return as_captured(node, args, kwargs)
 
     def _wider(self, dtype: torch.dtype) -> torch.dtype:
         return self.wide if self.wide is not None and dtype.is_floating_point and dtype.itemsize < self.wide.itemsize else dtype
@@ -112,6 +127,13 @@ class Lifted:
             assert before.dtype == after.dtype and before.shape == after.shape
 
 
+    def ideal(self, inputs: Sequence[Any]) -> dict[str, Any]:
+        """Every node's value where what is lifted is computed without any error, and rounded for those who take it: the best that can be."""
+        origins = LiftIntCasts._origins(self.before.gm, self.before.context)
+        is_ = {n.name: dtype_of(n) for n in self.after.gm.graph.nodes}
+        lifted = {n.name for n in (*origins.members, *origins.sinks) if is_.get(n.name) not in LOW}
+        return recorded(self.before, inputs, FP64, lifted)
+
     def rounded_again(self, lifted: dict[str, Any], single: dict[str, Any]) -> str:
         """The first float32 value that differs from that of ``single`` while its operands do not; empty: there is none.
 
@@ -143,11 +165,13 @@ def close(value: Any, other: Any) -> bool:
     return bool(((value == other) | (value.isnan() & other.isnan()) | ((value - other).abs() <= 2**-20 * largest)).all())
 
 
-def recorded(captured: Captured, inputs: Sequence[Any], wide: torch.dtype | None = None) -> dict[str, Any]:
-    """Every node's value, with ``wide`` in the place of every narrower float dtype."""
-    recorder, default = Recorder(captured.gm, wide), torch.get_default_dtype()
+def recorded(
+    captured: Captured, inputs: Sequence[Any], wide: torch.dtype | None = None, region: set[str] | None = None
+) -> dict[str, Any]:
+    """Every node's value, with ``wide`` in the place of every narrower float dtype, everywhere or in a region."""
+    recorder, default = Recorder(captured.gm, wide, region), torch.get_default_dtype()
     try:
-        torch.set_default_dtype(wide or default)
+        torch.set_default_dtype(wide if wide is not None and region is None else default)
         with torch.no_grad():
             recorder.run(*captured.weights, *copy.deepcopy(list(inputs)))
     finally:

@@ -81,23 +81,31 @@ def inputs(case: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return positions, ids, torch.randn(N, generator=generator).to(dtype)
 
 
-def check(seed: int, dtype: torch.dtype, declared: bool) -> Lifted:
+def check(seed: int, dtype: torch.dtype, declared: bool) -> tuple[Lifted, bool]:
     """Every rewritten value is no worse, and over 32 inputs the outputs' mean and 99.9th percentile of the error at most 1.02 times eager's.
+
+    Two dozen constants are few: eager's roundings of them can cancel at all inputs. So the outputs may also be 1.02 times as far off as
+    where the lifted values are computed without any error and rounded once (``Lifted.ideal``), which no rewrite can be better than.
+
+    Returns:
+        What was lifted, and whether that second measure was needed.
 
     Raises:
         AssertionError: the program ``seed`` breaks the promise.
     """
     found = lifted(Program(seed, dtype), inputs(3, dtype), ranges={"positions": (0, 40000)} if declared else None)
-    collected: list[list[list[Tensor]]] = [[], [], []]
+    runs: list[list[list[Tensor]]] = [[], [], [], []]
     for case in range(32):
         given = inputs(case, dtype)
         if case < 4:
             found.check(given)
-        for kept, values in zip(collected, found.values(given), strict=True):
+        for kept, values in zip(runs, (*found.values(given), found.ideal(given)), strict=True):
             kept.append(outputs(values))
-    for eager, after, truth in zip(*(map(torch.cat, zip(*runs, strict=True)) for runs in collected), strict=True):
+    lucky = False
+    for eager, after, truth, ideal in zip(*(map(torch.cat, zip(*kept, strict=True)) for kept in runs), strict=True):
         finite = eager.isfinite() & truth.to(eager.dtype).isfinite()  # beyond its largest number infinity is the right answer
         assert after[finite].isfinite().all(), "an infinity that eager had not"
-        was, is_ = error_against(truth[finite], eager[finite]), error_against(truth[finite], after[finite])
-        assert is_.mean <= 1.02 * was.mean and is_.p999 <= 1.02 * was.p999, (was, is_)
-    return found
+        was, is_, best = (error_against(truth[finite], run[finite]) for run in (eager, after, ideal))
+        lucky |= not (is_.mean <= 1.02 * was.mean and is_.p999 <= 1.02 * was.p999)
+        assert is_.mean <= 1.02 * max(was.mean, best.mean) and is_.p999 <= 1.02 * max(was.p999, best.p999), (was, is_, best)
+    return found, lucky
