@@ -67,15 +67,16 @@ class Recorder(fx.Interpreter):
         return self.wide if self.wide is not None and dtype.is_floating_point and dtype.itemsize < self.wide.itemsize else dtype
 
     def _widened(self, node: fx.Node) -> Any:
-        def widen(value: Any) -> Any:
+        def widened(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(self._wider(value.dtype))
             return self._wider(value) if isinstance(value, torch.dtype) else value
 
-        args, kwargs = self.fetch_args_kwargs_from_env(node)
-        kwargs = {k: widen(v) for k, v in kwargs.items()}
+        args, kwargs = pytree.tree_map(widened, self.fetch_args_kwargs_from_env(node))
         is_float = isinstance(node.meta.get("val"), Tensor) and node.meta["val"].is_floating_point()
         if is_float and node.target.__name__.split(".")[0] in FACTORIES:
-            kwargs["dtype"] = self._wider(node.meta["val"].dtype)
-        return node.target(*map(widen, args), **kwargs)
+            kwargs = {**kwargs, "dtype": self._wider(node.meta["val"].dtype)}
+        return node.target(*args, **kwargs)
 
 
 @dataclass
