@@ -1,8 +1,8 @@
 """What rounding costs integers in real spellings, before and after nxfx, and under each emulated auto-cast.
 
-    python tests/bench/precision.py                  every table (10 minutes)
-    python tests/bench/precision.py --only tables    tables, models, counts or time
-    python tests/bench/precision.py --write          write docs/precision.md too
+    python tests/bench/precision.py                  every section but XLA's (half an hour)
+    python tests/bench/precision.py --only tables    one section: tables, models, counts, masks, time, or xla (torch 2.9 and torch-xla)
+    python tests/bench/precision.py --write          write what was made into docs/precision.md too; other sections of it stay
 
 It fails where prepared is worse than the original: `assert`s hold the claims that the page makes.
 """
@@ -15,7 +15,6 @@ import inspect
 import os
 import re
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,7 +168,10 @@ def sharpened(model: Any) -> Any:
     return model
 
 
-# --- counts and time --------------------------------------------------------------------------------------------------
+# --- counts --------------------------------------------------------------------------------------------------
+
+
+COUNTED = ("llama", "bert", "t5", "bloom", "mamba", "gpt2", "swin", "whisper")
 
 
 def counts(names: tuple[str, ...]) -> Iterator[tuple[str, dict[str, int]]]:
@@ -182,74 +184,95 @@ def counts(names: tuple[str, ...]) -> Iterator[tuple[str, dict[str, int]]]:
         yield name, {"nodes before": nodes[0], "nodes after": nodes[1], "casts before": casts[0], "casts after": casts[1]}
 
 
-def timed(repeats: int = 40) -> Iterator[tuple[str, float]]:
-    """The running time after over that before under Inductor, the median of interleaved calls."""
-    for name in ("rotary, product", "rotary, outer", "timestep"):
-        model, positions = Table(SPELLINGS[name], BF16), torch.arange(32768)
-        prepared = nxfx.prepare(model, (positions,), pipeline="lift-int-casts")
-        compiled = [torch.compile(m) for m in (model, prepared.graph_module)]
-        samples: list[list[float]] = [[], []]
-        for turn in range(repeats + 5):
-            for kept, run in zip(samples, compiled, strict=True):
-                started = time.perf_counter()
-                run(positions)
-                if turn >= 5:
-                    kept.append(time.perf_counter() - started)
-        medians = [sorted(kept)[len(kept) // 2] for kept in samples]
-        yield name, medians[1] / medians[0]
-
-
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def page(only: str) -> str:
-    """The tables as Markdown."""
-    parts = [
-        "# What rounding costs integers", "",
-        "Made by `python tests/bench/precision.py --write`, which fails where prepared is worse than the original. Everything ran on a CPU; the",
-        "auto-casts are [emulated](autocast.md). Errors are against float64: mean (largest).", "",
-    ]  # fmt: skip
-    if only in ("", "tables"):
-        labels = ["none" if a == "none" else f"{a} {c}" for a, c in CASTS]
-        parts += ["## Tables of positions in a bf16 model", "", "| spelling, length | fp32 | " + " | ".join(f"{w}, {x}" for x in labels for w in ("original", "prepared")) + " |"]
-        parts += ["|---|" + "---|" * (2 * len(labels) + 1)]
+HEAD = """# What rounding costs integers
+
+Made by `python tests/bench/precision.py --write`, which fails where prepared is worse than the original. Everything ran on a CPU; the
+auto-casts are [emulated](autocast.md). Errors are against float64: mean (largest).
+"""
+SLOWER = """Before and after lift-int-casts and finite-masks, both graphs compiled alike. The widths are those of the corpus, tiny, on sequences of
+240: the rotary's share is larger than in any real model. Median processor time of 100 interleaved calls, after over before.
+"""
+
+
+def rows(head: str, lines: Iterator[str]) -> Iterator[str]:
+    """A table of Markdown, shown as it is made."""
+    yield from (head, "|---" * (head.count("|") - 1) + "|")
+    for line in lines:
+        print(line, flush=True)
+        yield line
+
+
+def tables_section() -> Iterator[str]:
+    labels = ["none" if a == "none" else f"{a} {c}" for a, c in CASTS]
+    columns = [f"{who}, {label}" for label in labels for who in ("original", "prepared")]
+
+    def lines() -> Iterator[str]:
         for name, length, row in tables():
-            cells = [row["fp32"], *(row[f"{w}, {x}"] for x in labels for w in ("original", "prepared"))]
-            parts.append(f"| {name}, {length} | " + " | ".join(f"{m:.2g} ({largest:.2g})" for m, largest, _ in cells) + " |")
-            print(parts[-1], flush=True)
-        parts += ["", "`all` rounds the positions themselves, in whatever type the graph has them: only `--auto-cast=none` helps there.", ""]
-    if only in ("", "models"):
-        parts += ["## Tiny models at positions from 30,000", "", "In bf16, with a rotary that computes in the model's dtype; against the same weights in float64.", ""]
-        parts += ["| family | values lifted | error before | after | tokens that agree before | after |", "|---|---|---|---|---|---|"]
+            cells = (row[c] for c in ("fp32", *columns))
+            yield f"| {name}, {length} | " + " | ".join(f"{mean:.2g} ({largest:.2g})" for mean, largest, _ in cells) + " |"
+
+    yield from rows(f"| spelling, length | fp32 | {' | '.join(columns)} |", lines())
+    yield "\n`all` rounds the positions themselves, in whatever type the graph has them: only `--auto-cast=none` helps there."
+
+
+def models_section() -> Iterator[str]:
+    yield "In bf16, with a rotary that computes in the model's dtype; against the same weights in float64.\n"
+
+    def lines() -> Iterator[str]:
         for name, row in models():
             cells = f"{row['before, mean']:.2g} ({row['before, max']:.2g}) | {row['after, mean']:.2g} ({row['after, max']:.2g})"
-            parts.append(f"| {name} | {row['lifted']:.0f} | {cells} | {row['agree before']:.0%} | {row['agree after']:.0%} |")
-            print(parts[-1], flush=True)
-        parts.append("")
-    if only in ("", "counts"):
-        parts += ["## Nodes and casts of models as transformers writes them", "", "| model | nodes before | after | casts before | after |", "|---|---|---|---|---|"]
-        for name, row in counts(("llama", "bert", "t5", "bloom", "mamba", "gpt2", "swin", "whisper")):
-            parts.append(f"| {name} | " + " | ".join(str(v) for v in row.values()) + " |")
-            print(parts[-1], flush=True)
-        parts.append("")
-    if only in ("", "time"):
-        parts += ["## Time of a table of 32,768 positions under Inductor, after over before", "", "| spelling | ratio |", "|---|---|"]
-        for name, ratio in timed():
-            parts.append(f"| {name} | {ratio:.2f} |")
-            print(parts[-1], flush=True)
-        parts.append("")
-    return "\n".join(parts)
+            yield f"| {name} | {row['lifted']:.0f} | {cells} | {row['agree before']:.0%} | {row['agree after']:.0%} |"
+
+    yield from rows("| family | values lifted | error before | after | tokens that agree before | after |", lines())
+
+
+def counts_section() -> Iterator[str]:
+    lines = (f"| {name} | " + " | ".join(map(str, row.values())) + " |" for name, row in counts(COUNTED))
+    yield from rows("| model | nodes before | after | casts before | after |", lines)
+
+
+def time_section(backend: str) -> Iterator[str]:
+    from precision_time import model_ratios, ratio
+
+    yield SLOWER
+    found = model_ratios(FAMILIES, rounding, backend)
+    yield from rows("| family | ratio |", (f"| {name} | {value:.2f} |" for name, value in found))
+    yield "\nA bare table of 32,768 positions, and nothing beside it:\n"
+    names = ("rotary, product", "rotary, outer", "timestep", "sinusoidal")
+    found = ((n, ratio(Table(SPELLINGS[n], BF16), (torch.arange(32768),), {}, backend)) for n in names)
+    yield from rows("| spelling | ratio |", (f"| {name} | {value:.2f} |" for name, value in found))
+
+
+SECTIONS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
+    "tables": ("Tables of positions in a bf16 model", tables_section),
+    "models": ("Tiny models at positions from 30,000", models_section),
+    "counts": ("Nodes and casts of models as transformers writes them", counts_section),
+    "time": ("Running time under Inductor", lambda: time_section("inductor")),
+    "xla": ("Running time under XLA on a CPU", lambda: time_section("openxla")),
+}
+
+
+def written(page: str, made: dict[str, str]) -> str:
+    """The page with the sections that were made in the place of those it had."""
+    parts = re.split(r"^## (.+)\n", page, flags=re.MULTILINE)
+    held = dict(zip(parts[1::2], parts[2::2], strict=True)) | made
+    return HEAD + "".join(f"\n## {title}\n\n{held[title].strip()}\n" for title, _ in SECTIONS.values() if title in held)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=["", "tables", "models", "counts", "time"], default="")
+    parser.add_argument("--only", choices=SECTIONS)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    text = page(options.only)
+    chosen = [options.only] if options.only else [name for name in SECTIONS if name != "xla"]
+    made = {title: "\n".join(make()) for title, make in (SECTIONS[name] for name in chosen)}
     if options.write:
-        (ROOT / "docs" / "precision.md").write_text(text, encoding="utf-8")
+        path = ROOT / "docs" / "precision.md"
+        path.write_text(written(path.read_text(encoding="utf-8"), made), encoding="utf-8")
 
 
 if __name__ == "__main__":
