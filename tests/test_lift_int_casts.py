@@ -348,7 +348,7 @@ def test_random_programs_never_get_worse(seed: int, dtype: torch.dtype, declared
 
 def test_what_is_lifted_behind_a_value_that_gains_nothing_is_recorded() -> None:
     """Found by fuzzing (seed 2): a region without the cast that it began with."""
-    found = check(2, *_drawn(2))
+    found, _ = check(2, *_drawn(2))
     assert found.result.changed and found.result.rewrites
 
 

@@ -151,6 +151,22 @@ def test_a_cast_used_by_region_and_activation_serves_both() -> None:
     assert "NX101" in both.codes
 
 
+def test_who_takes_float32_is_given_it_unrounded() -> None:
+    """``angles.float()`` in a low-precision model says that float32 is wanted there; the low-precision value next to it stays what it was."""
+
+    def model(position_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        angles = position_ids.to(BF16) * 0.3
+        wide = angles.float()
+        return hidden.float() * wide, torch.cat([hidden, angles, wide]), wide
+
+    args = (POSITIONS[0], HIDDEN[0, 0, :, 0])
+    found = lifted(model, args)
+    assert found.casts(BF16) == 1
+    product, parts, wide = found.after(*args)
+    assert torch.equal(wide, POSITIONS[0].float() * 0.3) and torch.equal(product, HIDDEN[0, 0, :, 0].float() * wide)
+    assert torch.equal(parts[16:32], wide.to(BF16).float()) and torch.equal(parts[32:], wide)
+
+
 def test_outputs_buffers_and_aliases_keep_their_dtype() -> None:
     """Trap 27: a mutated buffer is an output."""
 

@@ -95,6 +95,19 @@ def affine(p: Tensor, h: Tensor) -> Tensor:
     return h + ((grid[0, ..., 0] + 1) * 4000.0).cos()
 
 
+def complex_exponential(p: Tensor, h: Tensor) -> Tensor:
+    """Angles rounded, then float32, then a complex number that no listed op makes."""
+    turn = torch.exp(1j * (p[:, None].to(BF16) * frequencies()).float())
+    return torch.view_as_real(torch.view_as_complex(h.float().unflatten(-1, (-1, 2))) * turn).flatten(-2).to(BF16)
+
+
+def sampled_grid(p: Tensor, h: Tensor) -> Tensor:
+    """Coordinates rounded, then float32 for an op that has no other dtype."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, COUNT, dtype=BF16), torch.linspace(-1, 1, WIDTH, dtype=BF16), indexing="ij")
+    image = torch.arange(4000.0).view(1, 1, 50, 80)
+    return h + F.grid_sample(image, torch.stack([x, y], -1)[None].float(), align_corners=True)[0, 0]
+
+
 def relative_bias(p: Tensor, h: Tensor) -> Tensor:
     """Slopes times integer distances as the bias of an attention."""
     distance = (p[None, :] - p[:, None]) * 100
@@ -120,6 +133,8 @@ ENCODINGS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float]] = {
     "slice-and-copy-writes": (written_table, 10),
     "meshgrid": (meshgrid, 10),
     "affine-grid": (affine, 5),
+    "complex-exponential": (complex_exponential, 10),
+    "sampled-grid": (sampled_grid, 10),
     "bias-of-attention": (relative_bias, 1),
     "interpolation": (interpolation, 10),
     "sinusoidal-log-space": (lambda p, h: h + (p[:, None] * torch.exp(torch.arange(WIDTH).to(BF16) * (-9.21 / WIDTH))).sin(), 10),

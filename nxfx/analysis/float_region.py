@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
-from nxfx.analysis.float_ops import METADATA, Family
+from nxfx.analysis.float_ops import METADATA, Family, dtype_of
 from nxfx.analysis.integer_origin import IntegerOrigins
 
 _ARITHMETIC = (Family.COMPUTE, Family.OUTER)
@@ -96,7 +97,7 @@ class _Growth:
         for node in reversed(self.members):
             member = self.members[node]
             if node in self.nodes:
-                gains = member.family in _ARITHMETIC or self._joins(node, refined)
+                gains = member.family in _ARITHMETIC or self._joins(node, refined) or self._gives_float32(node)
                 if gains or any(self._gains(user, kept) for user in node.users):
                     kept.add(node)
             elif self._may_join(node):
@@ -127,6 +128,11 @@ class _Growth:
         """Whether ``node`` puts refined values together, so that one cast back after it does for all of them."""
         member = self.members[node]
         return member.family is Family.SELECT and len({v for v in member.values if v in refined}) > 1
+
+    def _gives_float32(self, node: fx.Node) -> bool:
+        """Whether ``node`` gives activations and outputs in float32 what low precision has rounded."""
+        is_wide = dtype_of(node) is torch.float32 and self.members[node].rounded
+        return is_wide and any(u.target not in METADATA and u not in self.members for u in node.users)
 
     def _may_join(self, node: fx.Node) -> bool:
         """Whether ``node`` is exact and made from integers and numbers alone: in float32 it costs no cast."""

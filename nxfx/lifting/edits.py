@@ -42,6 +42,7 @@ class Lift:
         self._moved: set[fx.Node] = set()
         self._upcasts: dict[fx.Node, fx.Node] = {}
         self._restored: dict[fx.Node, fx.Node] = {}
+        self._handed: set[tuple[fx.Node, fx.Node]] = set()
         for node in region.nodes:
             is_cast = origins.members[node].family is Family.CAST
             self.raised[node] = self._recast(node) if is_cast else self._raise(node)
@@ -139,8 +140,14 @@ class Lift:
                 checks.append(user)
             elif member is not None and member.family is Family.FACTORY:  # x_like: only the shape counts
                 user.update_kwarg("dtype", dtype_of(user))
+                if not self._moves(node, high):
+                    user.replace_input_with(node, high)
             elif user in self.origins.sinks or (member is not None and member.low is None):
                 user.replace_input_with(node, high)
+            elif (user, node) in self._handed:
+                continue
+            elif not self._is_low(node):
+                self._hand_over(node, high, user)
             else:
                 self.meetings[user] = None
                 if high is node:
@@ -155,16 +162,24 @@ class Lift:
         if high is not node and not node.users:
             self.build.graph.erase_node(node)
 
+    def _hand_over(self, node: fx.Node, high: fx.Node, user: fx.Node) -> None:
+        """Give ``user``, who takes float32, the value unrounded."""
+        if high in self._were_low and high in user.all_input_nodes:  # it takes the rounded one too
+            user.replace_input_with(high, self._restore(high))
+        user.replace_input_with(node, high)
+        self._handed.add((user, high))
+
+    def _is_low(self, node: fx.Node) -> bool:
+        """Whether the model has ``node`` in low precision; where it has float32, who takes that is given it unrounded."""
+        return node in self._were_low or dtype_rules.is_low_precision(dtype_of(node))
+
     def _restore(self, node: fx.Node) -> fx.Node:
         """``node`` rounded as the model rounded it."""
         if node not in self._restored:
-            low, dtype = self.origins.members[node].low, dtype_of(node)
-            assert low is not None and dtype is not None
+            low = self.origins.members[node].low
+            assert low is not None
             with self.build.after(node):
-                rounded = self.build.cast(node, low)
-                restored = rounded if node in self._were_low else self.build.cast(rounded, dtype)
-            self._made.update((rounded, restored))
-            self._restored[node] = restored
+                self._restored[node] = self._make(aten._to_copy.default, node, dtype=low)
         return self._restored[node]
 
     def compare_exactly(self) -> list[tuple[fx.Node, torch.dtype | None, Entry]]:
