@@ -12,7 +12,7 @@ from torch import fx
 from nxfx.analysis import dtype_rules
 from nxfx.analysis.finiteness import Finiteness
 from nxfx.analysis.float_ops import Family, dtype_of
-from nxfx.analysis.integer_origin import IntegerOrigins
+from nxfx.analysis.integer_origin import IntegerOrigins, Member
 from nxfx.analysis.intervals import fits
 from nxfx.analysis.provenance import Premise, Source
 from nxfx.graph import meta, outer_products
@@ -21,12 +21,12 @@ _MOST_MULTIPLICATIONS = 1 << 24
 
 
 def worth_spreading(origins: IntegerOrigins) -> list[fx.Node]:
-    """Products of integer-derived values, other than those of integers that bf16 holds exactly."""
+    """Products of integer-derived values, other than those of integers that bf16 holds exactly (with each other, or with weights)."""
     limit = dtype_rules.exact_integer(torch.bfloat16)
     found = []
     for node, member in origins.members.items():
         if member.family is Family.OUTER and member.integer:
-            exact = [origins.exact.of(v) for v in member.values]
+            exact = [origins.exact.of(v) for v in member.values[:2] if not _is_weight(origins.of(v))]
             if not all(e is not None and fits(e, (-limit, limit)) for e in exact):
                 found.append(node)
     return found
@@ -41,7 +41,7 @@ def worth_spreading_terms(origins: IntegerOrigins, most: int) -> list[fx.Node]:
     for node in origins.products:
         count = outer_products.terms(node)
         shape = meta.val(node).shape
-        if count is None or not 2 <= count <= most or any(origins.of(v) is None for v in node.args[:2]):
+        if count is None or not 2 <= count <= most or any(origins.of(v) is None for v in outer_products.factors(node)):
             continue
         sizes = [s for s in shape if type(s) is int]  # of a dynamic one nothing is known
         if count * math.prod(sizes) <= _MOST_MULTIPLICATIONS:
@@ -55,7 +55,7 @@ def bit_equal(node: fx.Node, origins: IntegerOrigins, sources: Mapping[str, Sour
     Matrix kernels give ``-1 * 0`` either sign as they please, and those for bf16 flush subnormal numbers: measured on
     torch 2.9 and 2.13, CPU, where shapes decide. Without signs, and in float32, nothing is left to chance.
     """
-    if dtype_of(node) not in (torch.float32, torch.float64):
+    if dtype_of(node) not in (torch.float32, torch.float64) or len(origins.members[node].values) > 2:
         return None
     premises: list[Premise] = []
     for value in origins.members[node].values:
@@ -64,6 +64,10 @@ def bit_equal(node: fx.Node, origins: IntegerOrigins, sources: Mapping[str, Sour
             return None
         premises += found
     return premises
+
+
+def _is_weight(member: Member | None) -> bool:
+    return member is not None and member.learned and not member.integer
 
 
 def _unsigned(value: Any, origins: IntegerOrigins, sources: Mapping[str, Source]) -> list[Premise] | None:

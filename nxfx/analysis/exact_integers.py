@@ -25,6 +25,7 @@ _SIGNS: dict[str, Callable[[int, int], Interval]] = {
     "tril": lambda low, high: (min(low, 0), max(high, 0)),
     "triu": lambda low, high: (min(low, 0), max(high, 0)),
 }
+_PADS = frozenset(["pad", "constant_pad_nd"])
 _CONSTANTS: dict[str, Interval] = {
     "zeros": (0, 0), "zeros_like": (0, 0), "new_zeros": (0, 0),
     "ones": (1, 1), "ones_like": (1, 1), "new_ones": (1, 1), "eye": (0, 1),
@@ -78,6 +79,19 @@ class ExactIntegers:
             self._known[value] = found if found is not None and fits(found, (-limit, limit)) else None
         return self._known[value]
 
+    def made(self, node: fx.Node) -> Interval | None:
+        """Bounds of the integers that ``node`` adds or multiplies from exact ones, as long as float32 holds them; None for anything else.
+
+        Of a mask times its fill nothing can be told apart: a factor with two values is no position.
+        """
+        values = values_of(node, Family.COMPUTE)
+        known = [self.of(v) for v in values if isinstance(v, fx.Node)]
+        if op_name(node) not in ("add", "sub", "rsub", "mul") or any(k is None or k[1] - k[0] < 2 for k in known):
+            return None
+        found = self._result(node, _DEPTH)
+        limit = dtype_rules.exact_integer(torch.float32)
+        return found if found is not None and fits(found, (-limit, limit)) else None
+
     def _result(self, node: fx.Node, depth: int) -> Interval | None:
         family, name = FAMILIES.get(node.target), op_name(node)
         if node in self.masks:
@@ -97,6 +111,8 @@ class ExactIntegers:
             known.append(found)
         if not known:
             return None
+        if name in _PADS:
+            known.append((0, 0))
         if name in _SIGNS:
             return _SIGNS[name](*known[0])
         if family in (Family.CAST, Family.MOVE, Family.SELECT):

@@ -27,7 +27,7 @@ class Family(Enum):
     COMPUTE = "arithmetic"
     OUTER = "a matrix product that sums over one element"
     FACTORY = "makes a constant"
-    COMPARE = "a truth value"
+    COMPARE = "a truth value, or a place among others"
     COMPLEX = "a complex number made of float32 parts"
 
 
@@ -64,9 +64,9 @@ _ARITHMETIC = overloads(
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "sinc", "asin", "acos", "atan",
     "atan2", "sinh", "cosh", "tanh", "sigmoid", "erf", "floor", "ceil", "trunc", "round", "frac", "sign", "fmod",
     "remainder", "hypot", "lerp", "addcmul", "addcdiv", "deg2rad", "rad2deg", "sum", "mean", "prod", "cumsum",
-    "cumprod", "outer", "ger", "affine_grid_generator",
+    "cumprod", "outer", "ger", "affine_grid_generator", "var", "std", "scatter_add", "index_add", "diff",
 )  # fmt: skip
-_FIRST_ONLY = frozenset(overloads("sum", "mean", "prod", "cumsum", "cumprod", "round", "affine_grid_generator"))
+_FIRST_ONLY = frozenset(overloads("sum", "mean", "prod", "cumsum", "cumprod", "round", "affine_grid_generator", "var", "std"))
 _CONSTANTS = overloads("zeros", "ones", "eye", "zeros_like", "ones_like", "new_zeros", "new_ones")
 # Where the values stand that a SELECT op picks from; every argument when it is not listed.
 _PICKED: dict[Any, tuple[int, ...]] = {
@@ -74,8 +74,19 @@ _PICKED: dict[Any, tuple[int, ...]] = {
     **dict.fromkeys(overloads("masked_fill", "index_put", "constant_pad_nd"), (0, 2)),
     **dict.fromkeys(overloads("slice_scatter", "select_scatter", "diagonal_scatter", "fill"), (0, 1)),
     **dict.fromkeys(overloads("cat", "stack", "neg", "abs", "relu", "tril", "triu"), (0,)),
-    **dict.fromkeys([aten.scatter.src, aten.scatter.value], (0, 3)),
+    **dict.fromkeys(overloads("masked_scatter"), (0, 2)),
+    **dict.fromkeys([aten.scatter.src, aten.scatter.value, *overloads("index_copy", "pad")], (0, 3)),
+    **dict.fromkeys([aten.max.default, aten.min.default], (0,)),
 }
+# The same for arithmetic whose other operands are indices, and for what only tells where values stand.
+_AMONG: dict[Any, tuple[int, ...]] = {
+    **dict.fromkeys(overloads("scatter_add", "index_add"), (0, 3)),
+    **dict.fromkeys(overloads("argmax", "argmin", "argsort"), (0,)),
+    **dict.fromkeys(overloads("diff"), (0, 3, 4)),
+}
+_COMPARISONS = frozenset(overloads("eq", "ne", "lt", "le", "gt", "ge"))
+# Places among others, which must have the same dtype.
+SEARCHES = frozenset(overloads("bucketize", "searchsorted"))
 _EXTREMA = [*overloads("minimum", "maximum", "clamp", "clamp_min", "clamp_max"), aten.max.other, aten.min.other]
 
 FAMILIES: dict[Any, Family] = {
@@ -85,7 +96,7 @@ FAMILIES: dict[Any, Family] = {
     **dict.fromkeys(_ARITHMETIC, Family.COMPUTE),
     **dict.fromkeys(outer_products.PRODUCTS, Family.OUTER),
     **dict.fromkeys([*(SEQUENCES - set(_ARITHMETIC)), *FILLS, *_CONSTANTS], Family.FACTORY),
-    **dict.fromkeys(overloads("eq", "ne", "lt", "le", "gt", "ge"), Family.COMPARE),
+    **dict.fromkeys([*_COMPARISONS, *overloads("argmax", "argmin", "argsort"), *SEARCHES], Family.COMPARE),
     **dict.fromkeys(overloads("polar", "complex", "view_as_complex"), Family.COMPLEX),
 }
 for _target in _SEVERAL_RESULTS:
@@ -121,8 +132,8 @@ def values_of(node: fx.Node, family: Family) -> tuple[Any, ...]:
         return args[1:2] if node.target is aten.copy.default else args[:1]
     if family is Family.OUTER:
         return outer_products.operands(node) or ()
-    if node.target in _PICKED:
-        return tuple(_flat(args[p] for p in _PICKED[node.target] if p < len(args)))
+    if (positions := _PICKED.get(node.target) or _AMONG.get(node.target)) is not None:
+        return tuple(_flat(args[p] for p in positions if p < len(args)))
     named = (v for k, v in node.kwargs.items() if k in ("min", "max", "other", "value", "weight"))
     return tuple(_flat((*args, *named)))
 
@@ -153,7 +164,7 @@ def is_complement(node: fx.Node) -> bool:
 def compares_with_small(node: fx.Node) -> bool:
     """A comparison with a number so small that the rounding of large integers cannot change it."""
     other = arg(node, 1, "other")
-    return FAMILIES.get(node.target) is Family.COMPARE and isinstance(other, (int, float)) and abs(other) <= 4
+    return node.target in _COMPARISONS and isinstance(other, (int, float)) and abs(other) <= 4
 
 
 @functools.lru_cache(maxsize=1024)

@@ -220,9 +220,20 @@ class IntegerOrigins:
             if node.target in SUMS:  # it is the sum that is rounded
                 added = bounds or self.exact.of(value)
                 bounds = None if added is None else times(added, summed(node)) or (-limit - 1, limit + 1)
+            elif member.family is Family.CAST and not is_integer:  # an integer that was float32 meanwhile
+                value = self._unconverted(value)
+                is_integer = dtype_rules.is_integral(dtype_of(value))
+                bounds, proved = self.exact.bounds(value) if is_integer else (None, True)
             if bounds is not None and not fits(bounds, (-limit, limit)):
                 return Entry(value if is_integer else None, bounds, proved)
-        return None
+        made = self.exact.made(node) if member.family is Family.COMPUTE else None
+        return Entry(None, made, True) if made is not None and not fits(made, (-limit, limit)) else None
+
+    def _unconverted(self, value: fx.Node) -> fx.Node:
+        """What ``value`` was before float32 and views of it; ``value`` itself once low precision has held it."""
+        while (member := self.members.get(value)) is not None and member.family in (Family.CAST, Family.MOVE) and member.low is None:
+            value = member.values[0]
+        return value
 
     def _rounds(self, node: fx.Node, member: Member, dtype: torch.dtype) -> bool:
         if member.family is Family.SELECT:

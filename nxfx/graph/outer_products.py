@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import string
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -14,83 +17,104 @@ from nxfx.graph.builder import NodeBuilder
 
 aten = torch.ops.aten
 
-PRODUCTS = frozenset({aten.matmul.default, aten.mm.default, aten.bmm.default, aten.einsum.default})
+# Where the factors stand, and where the addend is, in those that have one.
+_FACTORS: dict[Any, tuple[int, int]] = {
+    **dict.fromkeys([aten.matmul.default, aten.mm.default, aten.bmm.default, aten.linear.default], (0, 1)),
+    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], (1, 2)),
+}
+_ADDEND: dict[Any, int] = {aten.linear.default: 2, aten.addmm.default: 0, aten.baddbmm.default: 0}
+PRODUCTS = frozenset({*_FACTORS, aten.einsum.default})
 
 
-def operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The two factors of a matrix product with one term a sum; None for any other."""
+def operands(node: fx.Node) -> tuple[fx.Node, ...] | None:
+    """The two factors of a matrix product with one term a sum, and what is added to it; None for any other."""
     if node.target is aten.einsum.default:
         return tuple(node.args[1]) if _labels(node) is not None else None  # type: ignore[arg-type]
-    a, b = node.args[:2]
-    if not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+    if terms(node) != 1:
         return None
-    left, right = meta.val(a), meta.val(b)
-    if left.dim() < 2 or right.dim() < 2 or not _is_one(left.shape[-1]) or not _is_one(right.shape[-2]):
-        return None
-    # A region that torch.autocast governs gives another dtype than the operands' own.
-    return (a, b) if left.dtype == right.dtype == meta.dtype_of(node) else None
+    added = _addend(node)
+    return factors(node) if added is None else (*factors(node), added)
+
+
+def factors(node: fx.Node) -> tuple[Any, Any]:
+    """The factors of a matrix product other than an einsum."""
+    left, right = _FACTORS[node.target]
+    return node.args[left], node.args[right]
 
 
 def spread(build: NodeBuilder, node: fx.Node) -> fx.Node:
-    """Replace the product ``node`` by a broadcast ``mul`` of the same shape and strides."""
-    factors = operands(node)
-    assert factors is not None
-    a, b = factors
+    """Replace the product ``node``, which has one term a sum, by a broadcast ``mul`` of the same shape and strides."""
+    labels, pair = _labels(node), operands(node)
+    if labels is None or pair is None:
+        return spread_terms(build, node)
+    a, b = pair
     with build.before(node):
-        labels = _labels(node)
-        if labels is not None:
-            a, b = _aligned(build, a, labels[0], labels[2]), _aligned(build, b, labels[1], labels[2])
-        product = build.call(aten.mul.Tensor, a, b)
-        if str(meta.val(product).stride()) != str(meta.val(node).stride()):
-            product = build.call(aten.clone.default, product, memory_format=torch.contiguous_format)
-    node.replace_all_uses_with(product)
-    build.graph.erase_node(node)
-    return product
+        product = build.call(aten.mul.Tensor, _aligned(build, a, labels[0], labels[2]), _aligned(build, b, labels[1], labels[2]))
+    return _replaced(build, node, product)
 
 
 def terms(node: fx.Node) -> int | None:
     """How many terms each sum of a matrix product adds; None where that is dynamic, or for an einsum or a vector."""
-    if node.target not in PRODUCTS or node.target is aten.einsum.default:
+    if node.target not in _FACTORS or node.kwargs:  # of kwargs there are alpha and beta
         return None
-    a, b = (meta.val(n) if isinstance(n, fx.Node) else None for n in node.args[:2])
-    if a is None or b is None or a.dim() < 2 or b.dim() < 2 or not a.dtype == b.dtype == meta.dtype_of(node):
+    a, b = (meta.val(n) if isinstance(n, fx.Node) else None for n in factors(node))
+    if a is None or b is None or b.dim() < 2 or (a.dim() < 2 and node.target is not aten.linear.default):
+        return None
+    # A region that torch.autocast governs gives another dtype than the operands' own.
+    if not a.dtype == b.dtype == meta.dtype_of(node) or ((added := _addend(node)) is not None and meta.dtype_of(added) != a.dtype):
         return None
     return a.shape[-1] if type(a.shape[-1]) is int else None
 
 
 def spread_terms(build: NodeBuilder, node: fx.Node) -> fx.Node:
     """Replace a matrix product with few terms a sum by the sum of as many broadcast products, in order."""
-    a, b = node.args[:2]
-    total: fx.Node | None = None
+    a, b = factors(node)
+    total, count = _addend(node), terms(node)
     with build.before(node):
-        for k in range(terms(node) or 0):
-            column = build.call(aten.slice.Tensor, a, -1, k, k + 1)
-            row = build.call(aten.slice.Tensor, b, -2, k, k + 1)
+        for k in range(count or 0):
+            column = a if count == 1 else build.call(aten.slice.Tensor, a, -1, k, k + 1)
+            if node.target is aten.linear.default:
+                row = build.call(aten.select.int, b, 1, k)
+            else:
+                row = b if count == 1 else build.call(aten.slice.Tensor, b, -2, k, k + 1)
             total = build.call(aten.mul.Tensor, column, row) if total is None else build.call(aten.addcmul.default, total, column, row)
-        assert total is not None
-        if str(meta.val(total).stride()) != str(meta.val(node).stride()):
-            total = build.call(aten.clone.default, total, memory_format=torch.contiguous_format)
-    node.replace_all_uses_with(total)
+    assert total is not None
+    return _replaced(build, node, total)
+
+
+def _replaced(build: NodeBuilder, node: fx.Node, product: fx.Node) -> fx.Node:
+    if str(meta.val(product).stride()) != str(meta.val(node).stride()):
+        with build.before(node):
+            product = build.call(aten.clone.default, product, memory_format=torch.contiguous_format)
+    node.replace_all_uses_with(product)
     build.graph.erase_node(node)
-    return total
+    return product
 
 
-def _is_one(size: object) -> bool:
-    return type(size) is int and size == 1
+def _addend(node: fx.Node) -> fx.Node | None:
+    position = _ADDEND.get(node.target, len(node.args))
+    added = node.args[position] if position < len(node.args) else None
+    return added if isinstance(added, fx.Node) else None
 
 
 def _labels(node: fx.Node) -> tuple[str, str, str] | None:
-    """``("i", "j", "ij")`` for an einsum of two operands that sums over nothing."""
+    """``("i", "j", "ij")`` for an einsum of two operands that sums over nothing; an ellipsis gets letters of its own."""
     if node.target is not aten.einsum.default:
         return None
-    equation, factors = node.args[0], node.args[1]
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
-        return None
-    inputs, output = equation.replace(" ", "").split("->")
+    equation, factors = str(node.args[0]).replace(" ", ""), node.args[1]
+    inputs, arrow, output = equation.partition("->")
     parts = inputs.split(",")
-    if len(parts) != 2 or len(factors) != 2 or any(len(set(p)) != len(p) for p in (*parts, output)):  # type: ignore[arg-type]
+    if len(parts) != 2 or len(factors) != 2:  # type: ignore[arg-type]
         return None
-    return (parts[0], parts[1], output) if set(parts[0]) | set(parts[1]) == set(output) else None
+    unnamed = [meta.val(f).dim() - len(p.replace("...", "")) for p, f in zip(parts, factors, strict=True)]  # type: ignore[arg-type]
+    letters = "".join(c for c in string.ascii_letters if c not in equation)[: max(unnamed)]
+    if not arrow:
+        output = "..." * ("..." in inputs) + "".join(sorted(c for c in set(inputs) - {",", "."} if inputs.count(c) == 1))
+    left, right = (p.replace("...", letters[len(letters) - n :]) for p, n in zip(parts, unnamed, strict=True))
+    output = output.replace("...", letters)
+    if any(len(set(p)) != len(p) for p in (left, right, output)):
+        return None
+    return (left, right, output) if set(left) | set(right) == set(output) else None
 
 
 def _aligned(build: NodeBuilder, node: fx.Node, labels: str, output: str) -> fx.Node:

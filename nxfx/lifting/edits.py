@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from nxfx.analysis import dtype_rules, ranges
-from nxfx.analysis.float_ops import FAMILIES, METADATA, Family, dtype_of
+from nxfx.analysis.float_ops import FAMILIES, METADATA, SEARCHES, Family, dtype_of
 from nxfx.analysis.float_region import Region
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
 from nxfx.graph import meta
@@ -48,6 +48,10 @@ class Lift:
             self.raised[node] = self._recast(node) if is_cast else self._raise(node)
         for node in reversed(region.nodes):
             self._settle(node)
+        for node in origins.sinks:
+            if node.target in SEARCHES and any(dtype_of(v) is FP32 for v in node.all_input_nodes):
+                for value in node.all_input_nodes:
+                    node.replace_input_with(value, self._high(value))
 
     def _raise(self, node: fx.Node) -> fx.Node:
         """Compute ``node`` in float32, in place."""
