@@ -16,6 +16,7 @@ from lifting import (
     POSITIONS,
     applied,
     aten,
+    errors,
     lifted,
     untouched,
 )
@@ -113,6 +114,29 @@ def test_integers_proved_too_large_for_an_activation_are_a_warning() -> None:
     (finding,) = found.result.findings
     assert (finding.code, finding.severity) == ("NX101", Severity.WARNING)
     assert "int64 up to 131071 is rounded to bfloat16 as add promotes it" in finding.message
+
+
+def test_roundings_that_cancel_stay_and_what_does_not_is_lifted() -> None:
+    """Found by fuzzing (seed 264): the rounded positions that are taken from an activation are added to it again."""
+
+    def table() -> Tensor:
+        return torch.linspace(0.3, 2.9, 64).to(BF16)
+
+    def model(p: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        low = p[:, None].to(BF16)
+        return (h - p.to(BF16)[:, None]) * 2 + (low * 2 + table()), h * (low * 0.3).cos()
+
+    args = (POSITIONS[0], HIDDEN[0, 0])
+    found = lifted(model, args)
+    assert torch.equal(found.before(*args)[0], found.after(*args)[0]), "half a lift would be off by what bf16 rounds the positions by"
+    before, after = errors(found, args, 1)
+    assert after < before / 50
+    assert "NX101" in found.codes
+    for separate in (
+        lambda p, h: h * 2 + (p[:, None].to(BF16) - 30000 + table()),
+        lambda p, h: h - p[:, None].to(BF16) + (p[:, None].to(BF16) * table()).cos(),
+    ):
+        assert lifted(separate, args).result.changed
 
 
 # --- boundaries -------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch import fx
 
 from nxfx.analysis.float_ops import METADATA, Family, dtype_of
 from nxfx.analysis.integer_origin import IntegerOrigins
+from nxfx.analysis.paired_roundings import paired
 
 _ARITHMETIC = (Family.COMPUTE, Family.OUTER)
 
@@ -46,6 +47,7 @@ def grow(origins: IntegerOrigins) -> Region:
             growth.forwards(node)
         if len(growth.nodes) > before:
             causes.append(node)
+    growth.nodes -= paired(origins, growth.nodes)
     kept = growth.trimmed()
     return Region({n: None for n in origins.members if n in kept}, causes)
 
