@@ -128,6 +128,10 @@ class Lifted:
             assert before.dtype == after.dtype and before.shape == after.shape
 
 
+    def members(self) -> set[str]:
+        """Names of the values that are made of integers and constants alone."""
+        return {n.name for n in LiftIntCasts._origins(self.before.gm, self.before.context).members}
+
     def ideal(self, inputs: Sequence[Any]) -> dict[str, Any]:
         """Every node's value where what is lifted is computed without any error, and rounded for those who take it: the best that can be."""
         origins = LiftIntCasts._origins(self.before.gm, self.before.context)
@@ -141,29 +145,29 @@ class Lifted:
         What activations take part in is not asked: the model's dtype comes back there.
         """
         same: dict[fx.Node, bool] = {}
-        members = LiftIntCasts._origins(self.before.gm, self.before.context).members
+        members = self.members()
         for node in self.before.gm.graph.nodes:
             operands = [same.get(operand, False) for operand in node.all_input_nodes]
             if node.name not in lifted:  # a cast that lost its users
                 same[node] = all(operands)
                 continue
             value = lifted[node.name]
-            same[node] = close(value, single[node.name])
-            if node in members and isinstance(value, Tensor) and value.dtype is FP32 and all(operands) and not same[node]:
+            same[node] = close(value, single[node.name], 0)
+            if node.name in members and all(operands) and getattr(value, "dtype", None) is FP32 and not close(value, single[node.name]):
                 return str(node.name)
         return ""
 
 
-def close(value: Any, other: Any) -> bool:
-    """Equal but for what kernels of float32 differ by when memory is laid out otherwise: far less than half precision rounds by."""
+def close(value: Any, other: Any, share: float = 2**-20) -> bool:
+    """Equal but for a share of the largest: kernels of float32 differ when memory is laid out otherwise, half precision rounds far more."""
     if not isinstance(value, Tensor):
         pairs = zip(pytree.tree_leaves(value), pytree.tree_leaves(other), strict=True)
-        return all(close(v, o) if isinstance(v, Tensor) else v == o for v, o in pairs)
+        return all(close(v, o, share) if isinstance(v, Tensor) else v == o for v, o in pairs)
     if value.shape != other.shape:
         return False
     value, other = widen(value), widen(other)
     largest = float(other[other.isfinite()].abs().max()) if other.isfinite().any() else 0.0
-    return bool(((value == other) | (value.isnan() & other.isnan()) | ((value - other).abs() <= 2**-20 * largest)).all())
+    return bool(((value == other) | (value.isnan() & other.isnan()) | ((value - other).abs() <= share * largest)).all())
 
 
 def recorded(

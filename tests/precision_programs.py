@@ -32,6 +32,11 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "clamp": lambda a: a.clamp(-500, 500.5),
     "cumsum": lambda a: a.cumsum(0) * 0.01,
     "up-and-down": lambda a: (a.float() * 0.5).to(a.dtype),
+    "to-one": lambda a: (a - a.min()) / (a.max() - a.min() + 1),
+    "distances": lambda a: a - a.mean(),
+    "padded": lambda a: torch.nn.functional.pad(a[1:], (1, 0), value=300.0) * 0.5,
+    "steps": lambda a: torch.diff(a, prepend=a[:1] - 1),
+    "placed": lambda a: torch.zeros_like(a).index_copy(0, torch.arange(N - 1, -1, -1), a) * 0.7,
     "through-int": lambda a: a.clamp(-60000, 60000).to(torch.int64).to(a.dtype),
 }
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -42,6 +47,7 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "where": lambda a, b: torch.where(a > 5, a, b),
     "stack": lambda a, b: torch.stack([a, b], -1).reshape(-1)[:N],
     "write": lambda a, b: a.slice_scatter(b.to(a.dtype)[3:9], 0, 3, 9),
+    "linear": lambda a, b: torch.nn.functional.linear(a[:4, None], b[:6, None].to(a.dtype), a[3:9]).reshape(-1) * 0.001,
     "product": lambda a, b: (a[:4, None] @ b[None, :6].to(a.dtype)).reshape(-1) * 0.001,
 }
 
@@ -59,7 +65,7 @@ class Program(nn.Module):
         low = [positions.to(self.dtype), self.table, torch.arange(0, 17 * N, 17, dtype=self.dtype)]
         integers, mixed = [positions, ids], [hidden]
         for _ in range(rng.randint(4, 12)):
-            kind = rng.choice(["unary"] * 4 + ["binary"] * 3 + ["promoted", "mixed"])
+            kind = rng.choice(["unary"] * 4 + ["binary"] * 3 + ["promoted", "mixed", "wide"])
             a = rng.choice(low[-4:])
             if kind == "unary":
                 low.append(rng.choice(list(UNARY.values()))(a))
@@ -67,6 +73,8 @@ class Program(nn.Module):
                 low.append(rng.choice(list(BINARY.values()))(a, rng.choice(low)))
             elif kind == "promoted":
                 low.append(rng.choice([torch.add, torch.mul, torch.minimum])(rng.choice(integers), a))
+            elif kind == "wide":
+                mixed.append(rng.choice(mixed).float() * a.float())
             else:
                 mixed.append(rng.choice([torch.add, torch.mul, torch.sub])(rng.choice(mixed), a))
         return low[-1], mixed[-1]

@@ -42,9 +42,10 @@ def is_found(found: Lifted, *inputs: tuple[Tensor, ...]) -> bool:
 
 
 def lifted_values(found: Lifted) -> Iterator[fx.Node]:
-    """Values in float32 that others in float32 are made of."""
+    """Values in float32 that others in float32 are made of, and no activation beside them."""
+    members = found.members()
     for node in found.after.gm.graph.nodes:
-        if node.op == "call_function" and dtype_of(node) is FP32 and any(dtype_of(u) is FP32 for u in node.users):
+        if node.op == "call_function" and dtype_of(node) is FP32 and any(u.name in members and dtype_of(u) is FP32 for u in node.users):
             yield node
 
 
