@@ -11,9 +11,10 @@ import torch
 from torch import fx
 
 from nxfx.analysis.constants import constant_value
-from nxfx.analysis.float_ops import METADATA
+from nxfx.analysis.float_ops import METADATA, op_name
 from nxfx.analysis.intervals import arg
 from nxfx.analysis.mask_levels import CLAMPED, RULES, SCORE, Level, MaskLevels, rounded
+from nxfx.analysis.nan_readers import make_zero, nan_readers
 from nxfx.analysis.range_rules import overloads
 from nxfx.analysis.uniform import UniformValues
 from nxfx.graph import meta
@@ -71,7 +72,8 @@ class FiniteMasks(Pass):
         %softmax : bfloat16[1, 2, 8, 8] = aten.softmax(%scores, -1)
 
     A row that is masked whole was nan after a plain softmax and becomes finite: NX602 says so. Where eager gives zeros for it
-    (``scaled_dot_product_attention``, safe softmax) it still does. A mask that nothing overflows is left as it is.
+    (``scaled_dot_product_attention``, safe softmax, ``softmax(...).nan_to_num()``) it still does. Where the model asks for that
+    nan otherwise (``isnan``) the mask stays, NX601. A mask that nothing overflows is left as it is.
     """
 
     name = "finite-masks"
@@ -125,8 +127,12 @@ class _Masks:
         if gone and threshold is None and site.node.target in _SAFE:
             self._kept(hazard, "some sums of masks are minus infinity and others, no smaller, are not")
             return
+        readers = nan_readers(site.node) if gone and site.node.target not in _SAFE and self._may_be_full(site) else []
+        if readers and (threshold is None or not make_zero(readers)):
+            self._kept(hazard, f"{op_name(readers[0])} tells rows that are masked whole by their nan")
+            return
         root = self._again(site.root, floor)
-        if site.node.target in _SAFE and threshold is not None:
+        if (site.node.target in _SAFE or readers) and threshold is not None:
             self._zero_full_rows(site, root, threshold)
         elif self._may_be_full(site):
             self._tell_full_rows(site, gone)

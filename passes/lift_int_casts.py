@@ -65,10 +65,12 @@ class LiftIntCasts(Pass):
         %mul_1 : bfloat16[1, 4096, 64] = aten.mul(%hidden, %_to_copy_3)
 
     Low-precision *tables* (a rounded ``inv_freq``) cannot be restored here: NX102 gives the error, and
-    ``prepare(recompute_tables=True)`` computes again those whose module can. Where positions meet an activation before a
+    ``prepare(recompute_tables=True)`` computes again those whose module can. Who takes a rounded value in float32
+    (``angles.float()``) is given it unrounded. Where positions meet an activation before a
     sine it is NX103. An integer that meets
     an activation at once (``hidden * attention_mask``) stays as it is, NX101: lifting would cast the activation up
-    and down to gain half a unit in the last place at most, and nothing for a 0/1 mask.
+    and down to gain half a unit in the last place at most, and nothing for a 0/1 mask. Roundings of one integer that
+    cancel (``h - low(p) + (low(p) + 1)``) stay together.
     """
 
     name = "lift-int-casts"

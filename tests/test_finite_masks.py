@@ -315,3 +315,29 @@ def test_a_certificate_allows_rows_that_are_masked_whole() -> None:
     prepared = nxfx.prepare(Attention(), (torch.randn(4, 4), kept), verify=True)
     assert "NX602" in {f.code for f in prepared.report.findings}
     assert prepared.report.certificate is not None and prepared.report.certificate.status == "passed"
+
+
+NAN_READERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "nan_to_num": (lambda a: a.nan_to_num(), True),
+    "nan_to_num-of-a-product": (lambda a: (a.to(FP32) @ torch.ones(LENGTH, 3)).nan_to_num(0.0), True),
+    "nan_to_num-another-number": (lambda a: a.nan_to_num(0.5), False),
+    "where-isnan": (lambda a: torch.where(a.isnan(), 0.0, a), False),
+    "not-equal-to-itself": (lambda a: a.masked_fill(a != a, 0.0), False),
+}
+
+
+@pytest.mark.parametrize("reader", NAN_READERS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_the_model_tells_by_their_nan_are_what_it_makes_of_them(dtype: torch.dtype, reader: str) -> None:
+    read, is_made = NAN_READERS[reader]
+
+    def model(x: Tensor, keep: Tensor) -> Tensor:
+        return read(softmax(x + torch.where(keep, 0.0, -math.inf).to(dtype), -1))
+
+    before, after, result = both(model, (scores(dtype), kept(0)))
+    assert result.changed == is_made and ("NX601" in [f.code for f in result.findings]) != is_made
+    assert "NX602" not in [f.code for f in result.findings]
+    for full in ROWS:
+        args = (scores(dtype), kept(0, full))
+        assert torch.equal(before(*args)[0], after(*args)[0])
+        assert not is_made or not infinite(after, args)
