@@ -142,10 +142,10 @@ class Lifted:
     def rounded_again(self, lifted: dict[str, Any], single: dict[str, Any]) -> str:
         """The first float32 value that differs from that of ``single`` while its operands do not; empty: there is none.
 
-        What activations take part in is not asked: the model's dtype comes back there.
+        Neither what activations take part in is asked nor what is given the model's dtype: it comes back there.
         """
         same: dict[fx.Node, bool] = {}
-        members = self.members()
+        members = self.members() - {n.name for n in self.after.gm.graph.nodes if any(dtype_of(v) in LOW for v in n.all_input_nodes)}
         for node in self.before.gm.graph.nodes:
             operands = [same.get(operand, False) for operand in node.all_input_nodes]
             if node.name not in lifted:  # a cast that lost its users

@@ -133,7 +133,8 @@ class _Growth:
 
     def _gives_float32(self, node: fx.Node) -> bool:
         """Whether ``node`` gives activations and outputs in float32 what low precision has rounded."""
-        is_wide = dtype_of(node) is torch.float32 and self.members[node].rounded
+        member = self.members[node]
+        is_wide = dtype_of(node) is torch.float32 and member.rounded and any(v in self.nodes for v in member.values)
         return is_wide and any(u.target not in METADATA and u not in self.members for u in node.users)
 
     def _may_join(self, node: fx.Node) -> bool:

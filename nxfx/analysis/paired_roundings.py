@@ -32,7 +32,7 @@ def paired(origins: IntegerOrigins, region: Collection[fx.Node]) -> set[fx.Node]
     found: set[fx.Node] = set()
     for root, starts in entries.items():
         if rounded[root]:
-            found |= _cancelling(starts, _reached(rounded[root], origins), origins, region)
+            found |= _cancelling(starts, rounded[root], origins, region)
     return found
 
 
@@ -74,8 +74,12 @@ def _reached(starts: Iterable[fx.Node], origins: IntegerOrigins) -> set[fx.Node]
     return reached
 
 
-def _cancelling(starts: list[fx.Node], reached: set[fx.Node], origins: IntegerOrigins, region: Collection[fx.Node]) -> set[fx.Node]:
-    """What is linear in the entries and added to one of ``reached``, and all that leads there; a cast serves both."""
+def _cancelling(starts: list[fx.Node], takers: list[fx.Node], origins: IntegerOrigins, region: Collection[fx.Node]) -> set[fx.Node]:
+    """What is linear in the entries and in one sum with what is given to ``takers``, and all that leads there.
+
+    Where the entry itself becomes low precision nothing has to stay: it is rounded for one and not for the other.
+    """
+    reached, sums = _reached(takers, origins), {t for t in takers if op_name(t) in _SUMS}
     pending, seen, last = list(starts), set(starts), set()
     for node in pending:
         for user in node.users:
@@ -83,10 +87,16 @@ def _cancelling(starts: list[fx.Node], reached: set[fx.Node], origins: IntegerOr
                 if user not in seen and _is_linear(user):
                     seen.add(user)
                     pending.append(user)
-            elif op_name(user) in _SUMS and user not in origins.members and any(v in reached for v in user.all_input_nodes):
-                last.add(node)
+            elif user not in origins.members and user not in takers:
+                joins = op_name(user) in _SUMS and any(v in reached for v in user.all_input_nodes)
+                if joins or not sums.isdisjoint(_reached([user], origins)):
+                    last.add(node)
     found: set[fx.Node] = set()
     for node in reversed(pending):
         if node in last or any(u in found for u in node.users):
             found.add(node)
-    return {n for n in found if origins.members[n].family is not Family.CAST}
+    return {n for n in found if not _is_entry(n, origins)}
+
+
+def _is_entry(node: fx.Node, origins: IntegerOrigins) -> bool:
+    return origins.members[node].family in (Family.CAST, Family.FACTORY) and dtype_rules.is_low_precision(dtype_of(node))
