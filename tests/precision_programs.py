@@ -102,18 +102,23 @@ def check(seed: int, dtype: torch.dtype, declared: bool) -> tuple[Lifted, bool]:
         AssertionError: the program ``seed`` breaks the promise.
     """
     found = lifted(Program(seed, dtype), inputs(3, dtype), ranges={"positions": (0, 40000)} if declared else None)
+    for case in range(4):
+        found.check(inputs(case, dtype))
     runs: list[list[list[Tensor]]] = [[], [], [], []]
-    for case in range(32):
-        given = inputs(case, dtype)
-        if case < 4:
-            found.check(given)
-        for kept, values in zip(runs, (*found.values(given), found.ideal(given)), strict=True):
-            kept.append(outputs(values))
-    lucky = False
-    for eager, after, truth, ideal in zip(*(map(torch.cat, zip(*kept, strict=True)) for kept in runs), strict=True):
-        finite = eager.isfinite() & truth.to(eager.dtype).isfinite()  # beyond its largest number infinity is the right answer
-        assert after[finite].isfinite().all(), "an infinity that eager had not"
-        was, is_, best = (error_against(truth[finite], run[finite]) for run in (eager, after, ideal))
-        lucky |= not (is_.mean <= 1.02 * was.mean and is_.p999 <= 1.02 * was.p999)
-        assert is_.mean <= 1.02 * max(was.mean, best.mean) and is_.p999 <= 1.02 * max(was.p999, best.p999), (was, is_, best)
+    for cases in (range(32), range(32, 160)):  # of 768 elements the 99.9th percentile is the largest: where it is missed, more are asked
+        for case in cases:
+            given = inputs(case, dtype)
+            for kept, values in zip(runs, (*found.values(given), found.ideal(given)), strict=True):
+                kept.append(outputs(values))
+        lucky, missed = False, []
+        for eager, after, truth, ideal in zip(*(map(torch.cat, zip(*kept, strict=True)) for kept in runs), strict=True):
+            finite = eager.isfinite() & truth.to(eager.dtype).isfinite()  # beyond its largest number infinity is the right answer
+            assert after[finite].isfinite().all(), "an infinity that eager had not"
+            was, is_, best = (error_against(truth[finite], run[finite]) for run in (eager, after, ideal))
+            lucky |= not (is_.mean <= 1.02 * was.mean and is_.p999 <= 1.02 * was.p999)
+            if not (is_.mean <= 1.02 * max(was.mean, best.mean) and is_.p999 <= 1.02 * max(was.p999, best.p999)):
+                missed.append((was, is_, best))
+        if not missed:
+            break
+    assert not missed, missed
     return found, lucky
