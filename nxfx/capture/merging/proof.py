@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import fx
 
 from nxfx.capture.merging.explore import Exploration, Fork
 from nxfx.capture.merging.selects import Selects, is_random, static
 from nxfx.capture.merging.sources import Left, Sources
 from nxfx.capture.path import Traced
+
+
+aten = torch.ops.aten
 
 
 class Mismatch(Exception):
@@ -91,9 +95,12 @@ class Proof:
             if path.raised is not None:
                 continue
             forks = _met(exploration, path)
-            answers = {selects.conditions[f.number]: a for f, a in zip(forks, path.answers, strict=True) if not f.is_check}
+            read = self._read[id(path)]
+            answers = dict(zip(read, path.answers, strict=True))
+            if any(answers[number] != answer for number, answer in zip(read, path.answers, strict=True)):
+                continue  # two branches on the same value go two ways: no input takes this path
             merged = self._merged(selects, answers)
-            for fork, number in zip(forks, self._read[id(path)], strict=True):
+            for fork, number in zip(forks, read, strict=True):
                 condition = selects.conditions[fork.number]
                 if condition in merged and number != merged[condition]:
                     raise Mismatch(f"what is read at {fork.site.location}")
@@ -101,24 +108,48 @@ class Proof:
                 if self._leaf(node, merged) != traced:
                     raise Mismatch(f"{name[0]} {name[1]}")
 
-    def _merged(self, selects: Selects, answers: dict[fx.Node, bool]) -> dict[fx.Node, int]:
-        """The numbers of the merged graph where the branches that read ``answers``' nodes are answered so."""
+    def _merged(self, selects: Selects, answers: dict[int, bool]) -> dict[fx.Node, int]:
+        """The numbers of the merged graph for the inputs on which a branch that reads number ``n`` is answered ``answers[n]``.
+
+        A choice whose condition these answers do not decide is a number of its own, that no trace has: which of the two it
+        gives depends on what the input happens to hold.
+        """
         own: dict[fx.Node, int] = {}
-        truth: dict[fx.Node, bool | None] = dict(answers)
+        truths: dict[fx.Node, bool | None] = {}
         drawn: Counter[str] = Counter()
         for node in selects.graph.nodes:
             if node.op in ("placeholder", "get_attr"):
                 own[node] = self._number(("source", node))
-            elif node in selects.chosen:
-                condition, yes, no = selects.chosen[node]
-                picked = no if truth.get(condition) is False else yes
-                own[node] = own[picked]
-                truth.setdefault(node, truth.get(picked))
-            elif node in selects.safe:
-                own[node] = own[selects.safe[node]]
+            elif node in selects.chosen or node in selects.safe:
+                condition, yes, no = node.args
+                if truths[condition] is not None:
+                    own[node] = own[yes if truths[condition] else no]
+                else:
+                    own[node] = own[yes] if own[yes] == own[no] else self._number(("undecided", own[condition], own[yes], own[no]))
             elif node.op == "call_function":
                 own[node] = self._of(node, own, drawn)
+            else:
+                continue
+            truths[node] = answers.get(own[node], _by_logic(node, truths))
         return own
+
+
+def _by_logic(node: fx.Node, truths: dict[fx.Node, bool | None]) -> bool | None:
+    """What a predicate gives where its operands give ``truths``, None where they do not say."""
+    if node.target is aten.where.self:
+        picked = truths[node.args[0]]
+        return None if picked is None else truths[node.args[1 if picked else 2]]
+    if node.target not in _DECIDES and node.target is not aten.logical_not.default:
+        return None
+    operands = [truths[operand] for operand in node.all_input_nodes]
+    if node.target is aten.logical_not.default:
+        return None if operands[0] is None else not operands[0]
+    decides = _DECIDES[node.target]
+    return decides if decides in operands else None if None in operands else not decides
+
+
+# Operator → the operand that decides alone.
+_DECIDES = {aten.logical_and.default: False, aten.logical_or.default: True}
 
 
 def _met(exploration: Exploration, path: Traced) -> list[Fork]:

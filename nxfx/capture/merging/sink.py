@@ -140,6 +140,8 @@ def _replace(selects: Selects, old: fx.Node, new: fx.Node) -> None:
     for branch, condition in selects.conditions.items():
         if condition is old:
             selects.conditions[branch] = new
+    if old in selects.ranks:
+        selects.ranks.setdefault(new, selects.ranks[old])
     old.replace_all_uses_with(new)
     del selects.chosen[old]
     selects.graph.erase_node(old)
