@@ -27,6 +27,7 @@ class Decisions:
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, int, int], Test] = {}
+        self._support: dict[Test, frozenset[int]] = {}
         self._chosen: dict[tuple[int, int, int], tuple[Any, Any]] = {}  # with the operands, whose ids are the key
 
     def test(self, branch: int, yes: Any, no: Any) -> Any:
@@ -77,6 +78,14 @@ class Decisions:
         if no is False:
             return self.within(function.yes, yes)
         return self.test(function.branch, self.within(function.yes, yes), self.within(function.no, no))
+
+    def support(self, function: Any) -> frozenset[int]:
+        """The branches that ``function`` depends on."""
+        if not isinstance(function, Test):
+            return frozenset()
+        if function not in self._support:
+            self._support[function] = frozenset((function.branch,)) | self.support(function.yes) | self.support(function.no)
+        return self._support[function]
 
     @staticmethod
     def value(function: Any, answers: dict[int, bool]) -> Any:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from nxfx.capture.merging.explore import Fork, Way
 from nxfx.capture.merging.proof import Mismatch
 from nxfx.capture.merging.standpoint import Standpoint
 from nxfx.capture.path import Traced
+
+aten = torch.ops.aten
 
 
 def never(path: Traced, index: int, other: Traced, number: int) -> bool:
@@ -46,7 +49,7 @@ Values = dict[fx.Node, fx.Node]
 
 
 def joined(
-    fork: Fork, arriving: list[tuple[Any, Way, Values]], own: Values, through: list[Traced], choose: Choose
+    fork: Fork, arriving: list[tuple[Any, Way, Values]], own: Values, through: list[Traced], copied: Values, choose: Choose
 ) -> dict[fx.Node, fx.Node]:
     """What ``fork``'s own path has there → what there is whichever way the program came.
 
@@ -54,6 +57,7 @@ def joined(
         arriving: the ways that meet at the fork, each with when it is taken and with its nodes.
         own: the nodes of the fork's own path.
         through: the paths that go on from there.
+        copied: what the marks were made of, as :func:`originals` says.
 
     Raises:
         Mismatch: it cannot be told which tensor is which.
@@ -75,7 +79,8 @@ def joined(
     note(own[fork.path.marks[fork.index][0]], [(guard, values[way.path.marks[way.stop][0]]) for guard, way, values in arriving])
     views = [(guard, values, way.path.marks[way.stop][1:], _standpoint(way.path, way.stop).copies()) for guard, way, values in arriving]
     for place, mark in zip(here.distinct(), fork.path.marks[fork.index][1:], strict=True):
-        note(_unmarked(own, mark), [(guard, _unmarked(values, marks[copies[place]])) for guard, values, marks, copies in views])
+        options = [(guard, values[copied[marks[copies[place]]]]) for guard, values, marks, copies in views]
+        note(own[copied[mark]], options)
     return {node: chosen for node, chosen in found.items() if node is not chosen}
 
 
@@ -86,7 +91,12 @@ def _standpoint(path: Traced, index: int) -> Standpoint:
     return found
 
 
-def _unmarked(values: Values, mark: fx.Node) -> fx.Node:
-    """The node that ``mark``, a clone made when the branch asked, was made of."""
-    source = mark.args[0]
-    return values[source] if isinstance(source, fx.Node) and source in values else values[mark]
+def originals(paths: list[Traced]) -> Values:
+    """What each mark, a clone made when a branch asked, is a copy of; to be asked before a graph is changed."""
+    found: Values = {}
+    for path in paths:
+        for marks in path.marks:
+            for mark in marks[1:]:
+                source = mark.args[0] if mark.op == "call_function" and mark.target is aten.clone.default else mark
+                found[mark] = source if isinstance(source, fx.Node) else mark
+    return found

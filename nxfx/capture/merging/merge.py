@@ -118,6 +118,7 @@ class _Conversion:
         self.passed = {id(p): list(_passed(exploration, p)) for p in self.paths}
         self.seen: dict[int, Counter[Any]] = {id(p): Counter() for p in self.paths}
         self.values = {id(p): self.sources.of(p) for p in self.paths}
+        self.copied = joints.originals(self.paths)
         self.pieces = {id(p): list(_pieces(p)) for p in self.paths}
 
     def run(self) -> Traced:
@@ -127,7 +128,7 @@ class _Conversion:
         self._place_all()
         self.sources.finish({name: self._end(name) for name in names})
         sink(self.selects)
-        order(self.selects)
+        order(self.selects, lambda node: self.training or speculation.is_dangerous(node))
         speculation.make_safe(self.selects, self.training)
         order(self.selects)
         proof.check(self.selects, self.exploration)
@@ -198,7 +199,8 @@ class _Conversion:
         if len(arriving) > 1:
             brought = [(guard, way, self.values[id(way.path)]) for guard, way in arriving]
             through = self._through(fork)
-            joined = joints.joined(fork, brought, self.values[id(fork.path)], through, lambda options: self._choose(options, reached))
+            own, choose = self.values[id(fork.path)], lambda options: self._choose(options, reached)
+            joined = joints.joined(fork, brought, own, through, self.copied, choose)
             for path in through:
                 values = self.values[id(path)]
                 values.update({node: joined[value] for node, value in values.items() if value in joined})

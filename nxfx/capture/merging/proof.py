@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -13,7 +14,6 @@ from nxfx.capture.merging.selects import Selects, is_random, static
 from nxfx.capture.merging.sources import Left, Sources
 from nxfx.capture.path import Traced
 
-
 aten = torch.ops.aten
 
 
@@ -21,8 +21,12 @@ class Mismatch(Exception):
     """The merged graph is not what a trace says."""
 
 
-def order(selects: Selects) -> None:
-    """Bring the nodes into an order in which operands come first, that of the first path where it has one; drop dead nodes."""
+def order(selects: Selects, asks: Callable[[fx.Node], bool] = lambda node: False) -> None:
+    """Bring the nodes into an order in which operands come first, that of the first path where it has one; drop dead nodes.
+
+    Args:
+        asks: whether a node will ask when it runs: what its guard reads is alive as long as the node is.
+    """
     graph = selects.graph
     placed: set[fx.Node] = {n for n in graph.nodes if n.op in ("placeholder", "get_attr")}
     (output,) = graph.find_nodes(op="output")
@@ -38,9 +42,24 @@ def order(selects: Selects) -> None:
             if current not in placed:
                 placed.add(current)
                 output.prepend(current)
+    alive = _alive(selects, asks)
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and not node.is_impure() and not is_random(node):
+        if node.op == "call_function" and node not in alive:
             graph.erase_node(node)
+
+
+def _alive(selects: Selects, asks: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    pending = [n for n in selects.graph.nodes if n.op == "output" or n.is_impure() or is_random(n)]
+    alive = set(pending)
+    while pending:
+        node = pending.pop()
+        guard = selects.guards.get(node, True)
+        read = [selects.conditions[branch] for branch in selects.decisions.support(guard)] if guard is not True and asks(node) else []
+        for needed in (*node.all_input_nodes, *read):
+            if needed not in alive:
+                alive.add(needed)
+                pending.append(needed)
+    return alive
 
 
 class Proof:
@@ -137,8 +156,8 @@ class Proof:
 def _by_logic(node: fx.Node, truths: dict[fx.Node, bool | None]) -> bool | None:
     """What a predicate gives where its operands give ``truths``, None where they do not say."""
     if node.target is aten.where.self:
-        picked = truths[node.args[0]]
-        return None if picked is None else truths[node.args[1 if picked else 2]]
+        picked, yes, no = map(truths.__getitem__, cast("list[fx.Node]", node.args))
+        return None if picked is None else yes if picked else no
     if node.target not in _DECIDES and node.target is not aten.logical_not.default:
         return None
     operands = [truths[operand] for operand in node.all_input_nodes]

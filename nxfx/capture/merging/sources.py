@@ -32,20 +32,22 @@ class Sources:
         self._inputs: dict[str, fx.Node] = {}
         self._weights: dict[str, fx.Node] = {}
         self._values: dict[Any, fx.Node] = {}
+        self._same: dict[fx.Node, fx.Node] = {}
         self._owned: dict[int, dict[fx.Node, fx.Node]] = {}
         for node in self.root.graph.nodes:
             if node.op == "placeholder":
                 self._inputs[self.all[node.name].name] = node
             elif node.op == "get_attr":
                 self._weights[str(node.target)] = node
-                self._values.setdefault(_content(host, node), node)
+                self._same[node] = self._values.setdefault(_content(host, node), node)
 
     def of(self, path: Traced) -> dict[fx.Node, fx.Node]:
         """Each input and weight of ``path`` → the node that stands for it here."""
         found = {}
         for node in path.graph_module.graph.nodes:
             if node.graph is self.root.graph and node.op in ("placeholder", "get_attr"):
-                found[node] = node
+                # A constant that forward makes twice is the same number twice, as it is for the other paths.
+                found[node] = self._same.get(node, node)
             elif node.op == "placeholder":
                 found[node] = self._inputs[path.sources[node.name].name]
             elif node.op == "get_attr":

@@ -90,12 +90,24 @@ def _refused(selects: Selects, node: fx.Node, guard: Any, reason: str) -> Unmerg
     return Unmergeable(f"{reason}{where}", selects.sites.get(guard.branch))
 
 
+def is_dangerous(node: fx.Node) -> bool:
+    """Whether an operand of ``node`` must be replaced where ``node`` is not meant to run."""
+    name = value_ops.name_of(node.target)
+    return name in _POSITIONS or _divides_integers(node)
+
+
+def _divides_integers(node: fx.Node) -> bool:
+    if value_ops.name_of(node.target) not in _DIVISORS:
+        return False
+    dtype = meta.dtype_of(node)
+    return dtype is not None and not dtype.is_floating_point and not dtype.is_complex
+
+
 def _replace_dangerous(selects: Selects, node: fx.Node, guard: Any) -> None:
     name = value_ops.name_of(node.target)
     if name in _POSITIONS:
-        wanted = _POSITIONS[name]
-        _rewrite(selects, node, wanted, lambda index: _instead(selects, node, index, guard, 0))
-    elif name in _DIVISORS and not meta.val(node).dtype.is_floating_point and not meta.val(node).dtype.is_complex:
+        _rewrite(selects, node, _POSITIONS[name], lambda index: _instead(selects, node, index, guard, 0))
+    elif _divides_integers(node):
         _rewrite(selects, node, "other", lambda divisor: _instead(selects, node, divisor, guard, 1))
 
 
