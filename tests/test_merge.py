@@ -359,6 +359,26 @@ def test_random_numbers_after_a_branch_are_drawn_once() -> None:
         assert compare(expected, prepared(X, torch.tensor([value]))).ok and torch.equal(torch.rand(1), after)
 
 
+def test_random_numbers_after_an_early_side_are_drawn_once() -> None:
+    """The path with every answer True comes to them last: what it would draw itself is not drawn as well."""
+
+    def model(m: Any, x: Tensor, f: Tensor) -> list[Tensor]:
+        scale = 1.0
+        if f[0]:
+            scale = 2.0
+            if f[1]:
+                x = x + 1
+        return [x * scale, torch.rand(2), torch.rand(2)]
+
+    prepared = nxfx.prepare(Model(model), (X, torch.tensor([True, True])), pipeline=PASSES)
+    assert count(prepared, "rand") == 2
+    for f in flags(2):
+        torch.manual_seed(3)
+        expected, after = model(None, X, f), torch.rand(1)
+        torch.manual_seed(3)
+        assert compare(expected, prepared(X, f)).ok and torch.equal(torch.rand(1), after)
+
+
 def test_random_numbers_on_one_side_stay() -> None:
     def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
         if f[0]:

@@ -49,7 +49,8 @@ def order(selects: Selects, asks: Callable[[fx.Node], bool] = lambda node: False
 
 
 def _alive(selects: Selects, asks: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    pending = [n for n in selects.graph.nodes if n.op == "output" or n.is_impure() or is_random(n)]
+    placed = [n for n in selects.graph.nodes if n.op != "call_function" or n in selects.guards]  # for the others, one like them was
+    pending = [n for n in placed if n.op == "output" or n.is_impure() or is_random(n)]
     alive = set(pending)
     while pending:
         node = pending.pop()
