@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 NAMES = ("a", "b", "c")
-_MOST_FLAGS = 5
 
 
 @dataclass
@@ -44,13 +43,15 @@ class Program:
             yield x, torch.tensor([*values, True])
 
 
-def generate(rng: random.Random) -> Program:
-    return _Writer(rng).program()
+def generate(rng: random.Random, most_flags: int = 5) -> Program:
+    """A program whose ifs, nested to three, read ``most_flags`` flags at most. All of these have a data-flow form."""
+    return _Writer(rng, most_flags).program()
 
 
 class _Writer:
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, most_flags: int) -> None:
         self.rng = rng
+        self.most_flags = most_flags
         self.lines: list[str] = []
         self.flags = 0
         self.depth = 0
@@ -95,7 +96,7 @@ class _Writer:
         )  # fmt: skip
 
     def condition(self) -> str:
-        if self.flags < _MOST_FLAGS and self.rng.random() < 0.8:
+        if self.flags < self.most_flags and self.rng.random() < 0.8:
             self.flags += 1
             return self.rng.choice((f"flags[{self.flags - 1}]", f"not flags[{self.flags - 1}]"))
         return self.rng.choice(
@@ -105,19 +106,19 @@ class _Writer:
     def statement(self, indent: int) -> None:
         kind = self.rng.random()
         name = self.rng.choice(NAMES)
-        if kind < 0.32 and self.depth < 3 and self.flags < _MOST_FLAGS:
+        if kind < 0.32 and self.depth < 3 and self.flags < self.most_flags:
             self.branch(indent)
         elif kind < 0.37 and self.depth == 0:
             self.add(indent, f"for i in range({self.rng.randint(1, 2)}):")
             self.depth += 1
             self.block(indent + 1, self.rng.randint(1, 2))
-            if self.rng.random() < 0.3 and self.flags < _MOST_FLAGS:
+            if self.rng.random() < 0.3 and self.flags < self.most_flags:
                 self.flags += 1
                 self.add(indent + 1, f"if flags[{self.flags - 1}]:")
                 self.add(indent + 2, self.rng.choice(("break", "continue")))
             self.depth -= 1
             self.add(indent + 1, f"{name} = {name} + i")
-        elif kind < 0.42 and self.helper and self.flags < _MOST_FLAGS:
+        elif kind < 0.42 and self.helper and self.flags < self.most_flags:
             self.flags += 1
             self.add(indent, f"{name} = self.helper({name}, flags[{self.flags - 1}])")
         else:
@@ -137,7 +138,7 @@ class _Writer:
         self.add(indent, f"if {self.condition()}:")
         self.block(indent + 1, self.rng.randint(1, 2))
         self.ending(indent + 1)
-        if self.rng.random() < 0.25 and self.flags < _MOST_FLAGS:
+        if self.rng.random() < 0.25 and self.flags < self.most_flags:
             self.add(indent, f"elif {self.condition()}:")
             self.block(indent + 1, 1)
         if self.rng.random() < 0.5:

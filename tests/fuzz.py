@@ -127,7 +127,7 @@ def check_integers(seed: int, figures: Counter[str], program: Any = None) -> str
 def check_branches(seed: int, figures: Counter[str], program: Any = None) -> str | None:
     """One capture of program ``seed`` against eager on inputs that drive every path: results, inputs and buffers."""
     rng = random.Random(seed)
-    program = branch_programs.generate(rng)
+    program = program or branch_programs.generate(rng)
     draws = list(program.inputs(rng))
     model = program.model()
     figures["flags"] += program.flags
