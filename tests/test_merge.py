@@ -343,6 +343,38 @@ def test_a_side_that_raises_is_like_an_assertion() -> None:
         assert compare(Model(model)(*arguments), prepared(*arguments)).ok
 
 
+def a_value_where_a_mask_says(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    mask = x > 0
+    if mask.any():
+        x = x.clone()
+        x[mask] = 7
+    y = torch.stack([x, x + 1], 1)
+    if f[0]:
+        y[mask] = m.state[:2]
+    return y
+
+
+def normalised(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=0) if f[0] else x
+
+
+@pytest.mark.parametrize("function", [a_value_where_a_mask_says, normalised], ids=lambda f: f.__name__)
+def test_what_never_raises_may_run_for_nothing(function: Callable[..., Any]) -> None:
+    merged(function, 1)
+
+
+def as_many_values_as_the_mask_takes(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    if f[0]:
+        x = x.clone()
+        x[x > 0] = m.state[:3]
+    return x
+
+
+def test_a_count_that_must_fit_a_mask_stays() -> None:
+    """Eager raises unless three elements are taken: for nothing it must not."""
+    assert "one side gives a size that depends on data (index_put)" in reason(as_many_values_as_the_mask_takes)
+
+
 # --- random numbers --------------------------------------------------------------------------------------------------
 
 
@@ -726,6 +758,63 @@ def test_paths_that_python_keeps_apart_share_what_they_have_in_common() -> None:
 
 
 # --- training --------------------------------------------------------------------------------------------------------
+
+
+def divided_by_nothing(y: Tensor, f: Tensor) -> Tensor:
+    return y / (y - y.detach()).sum() if f[0] else y
+
+
+def divided_by_its_norm(y: Tensor, f: Tensor) -> Tensor:
+    """What is square-rooted is made inside the side, of finite values."""
+    if f[0]:
+        z = y * 0
+        return y / z.norm()
+    return y * 2
+
+
+def nested_roots(y: Tensor, f: Tensor) -> Tensor:
+    z = y - y.detach()
+    if f[0]:
+        if f[1]:
+            return z**0.5
+        return torch.acos(z + 1)
+    return y.exp()
+
+
+def early_return_then_log(y: Tensor, f: Tensor) -> Tensor:
+    if not f[0]:
+        return y
+    z = y - y.detach()
+    return z.log() if f[1] else torch.atan2(z, z)
+
+
+def written_root(y: Tensor, f: Tensor) -> Tensor:
+    z = y.clone()
+    if f[0]:
+        z[1:] = (y - y.detach())[1:].sqrt()
+    return z
+
+
+SINGULAR = [divided_by_nothing, divided_by_its_norm, nested_roots, early_return_then_log, written_root]
+
+
+@pytest.mark.parametrize("function", SINGULAR, ids=lambda f: f.__name__)
+def test_gradients_equal_eagers_on_every_path(function: Callable[..., Any]) -> None:
+    def model(m: Any, x: Tensor, f: Tensor) -> Tensor:
+        return function(m.linear(x), f)  # type: ignore[no-any-return]
+
+    twin = Model(model)
+    prepared = nxfx.prepare(copy.deepcopy(twin), (X, torch.tensor([True, True])), training=True)
+    finite = []
+    for f in flags(2):
+        grads = []
+        for m in (twin, prepared):
+            m.zero_grad()
+            m(X, f).sum().backward()
+            grads.append([p.grad.clone() for p in m.parameters()])
+        assert compare(grads[0], grads[1]).ok, f
+        finite.append(all(torch.isfinite(g).all() for g in grads[0]))
+    assert any(finite) and not all(finite)  # the singular side is what would spoil the other
 
 
 @pytest.mark.parametrize("name", ["sqrt", "log", "reciprocal"])

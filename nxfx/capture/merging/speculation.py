@@ -7,7 +7,7 @@ back through the gradient, ``0 * inf``: what crosses into a side passes a ``wher
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -43,6 +43,8 @@ _RAISING_FAMILIES = (
     "linalg_", "_linalg_", "cholesky", "lu_", "triangular_solve", "fake_quantize", "_fake_quantize", "quantize_", "sparse_", "_sparse",
     "_assert", "sym_constrain",
 )  # fmt: skip
+# Of those families, and yet a sum like others.
+_NEVER_RAISING = frozenset({"linalg_vector_norm"})
 _KINDS = {"value": "reads a tensor's value", "size": "gives a size that depends on data", "body": "runs another program"}
 
 
@@ -72,7 +74,8 @@ def _refuse_effects(selects: Selects, node: fx.Node, guard: Any) -> None:
     if is_random(node):
         raise _refused(selects, node, guard, f"one side draws random numbers ({name})")
     kind = value_ops.kind_of(target).partition("?")[0]
-    if kind in _KINDS and value_ops.depends(value_ops.kind_of(target), target, node.args, node.kwargs, meta.dtype_of):
+    depends = value_ops.depends(value_ops.kind_of(target), target, node.args, node.kwargs, meta.dtype_of)
+    if kind in _KINDS and depends and not _fills_by_mask(node):
         raise _refused(selects, node, guard, f"one side {_KINDS[kind]} ({name})")
     if not isinstance(target, torch._ops.OpOverload):
         if isinstance(meta.val(node), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -80,8 +83,22 @@ def _refuse_effects(selects: Selects, node: fx.Node, guard: Any) -> None:
         raise _refused(selects, node, guard, f"one side runs {name}, of which nothing is known")
     if target.namespace not in ("aten", "prims"):
         raise _refused(selects, node, guard, f"one side runs the operator {target}, which may raise")
-    if name in _RAISING or name.startswith(_RAISING_FAMILIES) or target._schema.is_mutable:
+    raises = name in _RAISING or name.startswith(_RAISING_FAMILIES) and name not in _NEVER_RAISING
+    if raises or target._schema.is_mutable:
         raise _refused(selects, node, guard, f"one side runs {name}, which raises for some values")
+
+
+def _fills_by_mask(node: fx.Node) -> bool:
+    """Whether ``node`` is ``x[mask] = value`` with a value that fits however many elements the mask takes."""
+    if value_ops.name_of(node.target) not in ("index_put", "_unsafe_index_put"):
+        return False
+    base, indices, values = cast("tuple[fx.Node, list[fx.Node | None], fx.Node]", node.args[:3])
+    (place, mask), *others = [(place, index) for place, index in enumerate(indices) if index is not None]
+    if others or meta.dtype_of(mask) not in (torch.bool, torch.uint8):
+        return False
+    behind = meta.val(base).ndim - place - meta.val(mask).ndim  # dimensions after the one that counts the elements
+    shape = meta.val(values).shape
+    return len(shape) <= behind or bool(shape[-behind - 1] == 1)
 
 
 def _refused(selects: Selects, node: fx.Node, guard: Any, reason: str) -> Unmergeable:
