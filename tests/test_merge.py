@@ -546,6 +546,26 @@ def test_branches_that_meet_again_take_one_trace_each(function: Callable[..., An
     merged(function, 2, max_traces=3)
 
 
+def aliased_and_written_on_one_side(m: Any, x: Tensor, f: Tensor) -> Tensor:
+    """Whether the write at the end changes y is decided at the start, and the path with every answer True does not write."""
+    y = x * 1
+    z = y
+    if f[0]:
+        z = y.clone()
+    if f[1]:
+        x = x + 1
+    if f[2]:
+        x = x / 2
+    if not f[3]:
+        z.add_(5)
+    return y + z + x
+
+
+def test_paths_that_differ_later_are_told_apart_where_they_met_and_there_only() -> None:
+    """One and the same for each value of f[0]; following all paths takes sixteen traces."""
+    merged(aliased_and_written_on_one_side, 4, max_traces=8)
+
+
 def permuted(a: Tensor, flag: Tensor) -> Tensor:
     if flag:
         a = a[torch.tensor([3, 1, 0, 2])]

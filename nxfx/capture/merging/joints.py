@@ -16,6 +16,10 @@ from nxfx.capture.path import Traced
 aten = torch.ops.aten
 
 
+class Apart(Mismatch):
+    """Two paths that looked alike where they met write, further on, memory that is not alike; from now on they are told apart there."""
+
+
 def never(path: Traced, index: int, other: Traced, number: int) -> bool:
     """Every path is followed to its end."""
     return False
@@ -67,7 +71,8 @@ def joined(
     for _, way, _ in arriving:
         there = _standpoint(way.path, way.stop)
         if not _same_memory(here, there, written):
-            raise Mismatch(f"memory that is written after {fork.site.location}")
+            here.written |= written
+            raise Apart(f"memory that is written after {fork.site.location}")
     found: dict[fx.Node, fx.Node] = {}
 
     def note(node: fx.Node, options: list[tuple[Any, fx.Node]]) -> None:

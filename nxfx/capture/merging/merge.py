@@ -31,6 +31,7 @@ from nxfx.errors import CaptureError
 from nxfx.report.rewrites import Kind, Rewrite
 
 MAX_TRACES = 16
+_MOST_ATTEMPTS = 8  # each tells two more paths apart
 
 
 def merged(tracer: Tracer, max_traces: int = MAX_TRACES) -> Traced:
@@ -46,21 +47,25 @@ def merged(tracer: Tracer, max_traces: int = MAX_TRACES) -> Traced:
     try:
         if len(first.session.sites) >= max_traces:
             raise Unmergeable(_too_many([first], max_traces), first.session.sites[0] if max_traces > 1 else None)
-        start = traces.trace(())
-        if start.raised is not None:
-            name = type(tracer.model).__name__
-            raise errors.translate(start.raised, model_name=name, model=tracer.model) from start.raised
-        try:
-            return _Conversion(explore(start, traces.trace, joints.meets), tracer.training).run()
-        except Mismatch:
-            # Two paths looked alike where they met, and went on differently: follow each to its end.
-            traces.forget()
-            try:
-                return _Conversion(explore(traces.trace(()), traces.trace, joints.never), tracer.training).run()
-            except Mismatch as unproved:
-                raise Unmergeable(f"it is not proved that one graph computes what each side does ({unproved})") from unproved
+        return _converted(traces)
     except (Unmergeable, CaptureError) as error:
         raise branches.refusal([p.session for p in traces.known.values()], type(tracer.model).__name__, error) from error
+
+
+def _converted(traces: _Traces) -> Traced:
+    """One graph of the paths that meet again; of all paths, each followed to its end, where those do not go on alike."""
+    for _ in range(_MOST_ATTEMPTS):
+        try:
+            return _Conversion(explore(traces.start(), traces.trace, joints.meets), traces.tracer.training).run()
+        except joints.Apart:
+            traces.anew()
+        except Mismatch:
+            traces.anew()
+            break
+    try:
+        return _Conversion(explore(traces.start(), traces.trace, joints.never), traces.tracer.training).run()
+    except Mismatch as unproved:
+        raise Unmergeable(f"it is not proved that one graph computes what each side does ({unproved})") from unproved
 
 
 class _Traces:
@@ -70,6 +75,15 @@ class _Traces:
         self.tracer = tracer
         self.most = most
         self.known: dict[tuple[bool, ...], Traced] = {(): first}
+        self.asked: set[tuple[bool, ...]] = {()}
+
+    def start(self) -> Traced:
+        """The first path that does not raise, the one whose graph becomes that of all."""
+        path = self.trace(())
+        if path.raised is not None:
+            name = type(self.tracer.model).__name__
+            raise errors.translate(path.raised, model_name=name, model=self.tracer.model) from path.raised
+        return path
 
     def trace(self, answers: Sequence[bool]) -> Traced:
         """The path with these answers; those after them are True, or False where the model raises otherwise."""
@@ -84,15 +98,21 @@ class _Traces:
         return path
 
     def _trace(self, answers: tuple[bool, ...]) -> Traced:
+        self.asked.add(answers)
+        if len(self.asked) > self.most:
+            raise Unmergeable(_too_many(self.known.values(), self.most))
         if answers not in self.known:
-            if len(self.known) >= self.most:
-                raise Unmergeable(_too_many(self.known.values(), self.most))
             self.known[answers] = self.tracer.trace(answers)
         return self.known[answers]
 
-    def forget(self) -> None:
-        """Start anew: the graph of the first path was used up."""
-        self.known.clear()
+    def anew(self) -> None:
+        """Start again: the graph of the first path was used up. What was learned of where it stands is kept."""
+        used = self.start()
+        again = self.known[used.decisions] = self.tracer.trace(used.decisions)
+        for before, now in zip(used.session.sites, again.session.sites, strict=True):
+            if before.standpoint is not None and now.standpoint is not None:
+                now.standpoint.written |= before.standpoint.written
+        self.asked = {()}
 
 
 def _too_many(paths: Any, max_traces: int) -> str:
