@@ -116,7 +116,8 @@ class CapturedCall:
         self.layouts = InputLayouts(self.graph_module, self.example_inputs)
 
     def _stand(self) -> Standing:
-        return Standing(self.model, [(id(c.holder.container), c.key) for c in self.convention.state_changes])
+        carried = [*self.convention.state_changes, *self.plain.values()]
+        return Standing(self.model, [(id(c.holder.container), c.key) for c in carried])
 
     # -- the model's tensors ------------------------------------------------------------------------------------------------
 
@@ -174,16 +175,9 @@ class CapturedCall:
         return (
             self.standing.holds()
             and all(guard.holds() for guard in self.convention.state_guards)
-            and all(self._plain_fits(name) for name in self.plain)
+            and all(slot.fits() for slot in self.plain.values())
             and len({id(slot.tensor) for slot in self.plain.values()}) == len(self.plain)
         )
-
-    def _plain_fits(self, name: str) -> bool:
-        slot = self.plain[name]
-        value = slot.holder.now().get(slot.key)
-        was = slot.holder.content[slot.key]
-        same = isinstance(value, torch.Tensor) and value.dtype == was.dtype and value.shape == was.shape
-        return same and all(holder.now().get(key) is value for holder, key in slot.aliases)
 
     def __call__(self, flat: Flat, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
         admitted = self.admit(flat)
@@ -275,7 +269,10 @@ class CapturedCall:
         return unflatten(self.convention.output_spec, leaves, lambda path: at(arguments, path))
 
     def _write_buffer(self, name: str, value: torch.Tensor) -> None:
-        self.model_buffer(name).copy_(value)
+        if name in self.plain:
+            self.plain[name].put(value)
+        else:
+            self.model_buffer(name).copy_(value)
         if name in self.boundary.narrowed_buffers:
             wide = self.model_buffer(name)
             self.graph_module.get_buffer(name).copy_(value)
@@ -308,6 +305,8 @@ class CapturedCall:
     def move_own(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply ``fn`` to the tensors that only the graph holds, after the model's own were moved."""
         self._share_replaced()
+        for slot in self.plain.values():
+            slot.move(fn)
         for name in dict.fromkeys((*self.boundary.narrowed_buffers, *self._owned(), *self.plain)):
             own_buffer(self.graph_module, name, fn(self.graph_module.get_buffer(name)))
 

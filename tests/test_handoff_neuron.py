@@ -272,7 +272,24 @@ class Counting(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return x * self.calls
+        return x * float(self.calls)
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start, self.position = self.position, self.position + x.shape[0]
+        return x + torch.arange(start, self.position)
+
+
+def test_a_counter_of_the_model_becomes_state_of_the_traced_module() -> None:
+    model = Positions()
+    model.position = 4
+    traced = nxfx.trace(model, (torch.zeros(3),), target="trn1")
+    assert [traced(torch.zeros(3)).tolist() for _ in range(2)] == [[4, 5, 6], [7, 8, 9]]
 
 
 def test_aliases_are_checked_against_the_outputs() -> None:

@@ -292,7 +292,7 @@ class Counter(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        y = x * self.calls
+        y = x * float(self.calls)
         if self.last is not None:
             y = y + self.last
         self.last = y

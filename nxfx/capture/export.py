@@ -14,10 +14,11 @@ from torch import fx
 
 from nxfx.analysis.dtype_rules import integer_bounds, is_integral
 from nxfx.analysis.provenance import Premise, Role, Source
-from nxfx.capture.merging.merge import MAX_TRACES, merged
+from nxfx.capture.counting import captured
+from nxfx.capture.merging.merge import MAX_TRACES
 from nxfx.capture.path import Tracer, autocast_state
 from nxfx.capture.shell import Convention, bind, parameter_names
-from nxfx.capture.state import writing_line
+from nxfx.capture.state import Place, writing_line
 from nxfx.capture.structure import Flat, Path, flatten, leaf_names
 from nxfx.capture.unlift import inputs_to_buffers
 from nxfx.errors import CaptureError, UsageError
@@ -113,7 +114,8 @@ def capture(
     ranges = _check_ranges(ranges or {}, dtypes, positional + list(kwargs), model)
     state_example = _state_example(state_inputs, flat, names)
     shapes = _flat_dynamic_shapes(dynamic_shapes, flat, positional, names)
-    path = merged(Tracer(model, flat, names, ranges, shapes, training), max_traces)
+    counted = captured(Tracer(model, flat, names, ranges, shapes, training), max_traces)
+    path = counted.path
     convention, session = path.convention, path.session
     _note_examples(path.sources, dict(zip(names, flat.leaves, strict=True)))
     if convention.output_count == 0:
@@ -126,7 +128,7 @@ def capture(
         path.mutated_inputs,
         tuple(flat.leaves),
         session.rewrites,
-        session.findings + path.findings + _state_findings(model, convention),
+        session.findings + path.findings + _state_findings(model, convention, counted.stays),
         path.timings,
         path.captured_by,
         state_inputs=inputs_to_buffers(path.graph_module, path.sources, state_example, path.mutated_buffers, path.mutated_inputs),
@@ -215,7 +217,7 @@ def _state_example(state_inputs: Sequence[str], flat: Flat, names: list[str]) ->
     return chosen
 
 
-def _state_findings(model: torch.nn.Module, convention: Convention) -> list[Finding]:
+def _state_findings(model: torch.nn.Module, convention: Convention, stays: dict[Place, str]) -> list[Finding]:
     findings = []
     for change in convention.state_changes:
         tensors = flatten(change.after).leaves
@@ -228,6 +230,8 @@ def _state_findings(model: torch.nn.Module, convention: Convention) -> list[Find
                 "baked into the graph; prepared calls capture again when it differs, a compiled graph cannot"
             )
             severity = Severity.ERROR
+            reason = stays.get((change.holder.path, change.key))
+            message += f". It cannot become a buffer: {reason}" if reason else ""
         location = writing_line(model, change)
         fix = "register it as a buffer and update it in place with tensor operations"
         findings.append(Finding("NX406", severity, message, location, "", fix))

@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from torch import fx
 
 from nxfx.analysis.provenance import Source
 from nxfx.capture import branches, errors, normalise
+from nxfx.capture.counters import Count
 from nxfx.capture.frames import whole_traces
 from nxfx.capture.interception import Session, interception
 from nxfx.capture.outside import OutsideState, foreign_tensors
 from nxfx.capture.shell import Convention, RegisteredMisfit, Shell
-from nxfx.capture.state import ModuleState, Slot
+from nxfx.capture.state import COUNTER_RANGE, Change, CounterSlot, ModuleState, Place, Slot, counted
 from nxfx.capture.strict import StrictShell, export_strict
 from nxfx.capture.structure import Flat
 from nxfx.capture.unlift import unlift
@@ -64,7 +65,13 @@ class Traced:
 
 @dataclass
 class Tracer:
-    """Traces ``model`` called with the leaves of ``flat``, as often as asked; the model is left as it was each time."""
+    """Traces ``model`` called with the leaves of ``flat``, as often as asked; the model is left as it was each time.
+
+    Attributes:
+        counters: where the model keeps integers that the graph is to have as buffers.
+        counted: integers of the model that some trace has changed.
+        inexact: names of counters that a trace took for numbers of Python's.
+    """
 
     model: torch.nn.Module
     flat: Flat
@@ -72,6 +79,9 @@ class Tracer:
     ranges: dict[str, tuple[int, int]]
     shapes: Any
     training: bool
+    counters: frozenset[Place] = frozenset()
+    counted: dict[Place, Change] = field(default_factory=dict)
+    inexact: set[str] = field(default_factory=set)
 
     def trace(self, decisions: Sequence[bool] = ()) -> Traced:
         """The path on which the first, second ... branch is answered by ``decisions``, later ones by True.
@@ -79,7 +89,7 @@ class Tracer:
         Raises:
             CaptureError: this path cannot be captured.
         """
-        session = Session(decisions=tuple(decisions))
+        session = Session(decisions=tuple(decisions), counts=bool(self.counters), inexact=self.inexact)
         convention = Convention(self.flat.spec, self.names)
         state, outside = ModuleState(self.model), OutsideState(self.model)
 
@@ -87,7 +97,10 @@ class Tracer:
             session.reachable = lambda: (_registered(state, leaves), [(c.path, c.removed, c.after) for c in state.changes()])
             return interception(session, training=self.training)
 
-        shell: Shell | StrictShell = Shell(self.model, convention, state, around, session.marks)
+        def count(buffer: torch.Tensor, name: str) -> Count:
+            return Count(session, buffer, frozenset({name}))
+
+        shell: Shell | StrictShell = Shell(self.model, convention, state, around, session.marks, self.counters, count)
         path = Traced(tuple(decisions), session, convention)
         started = time.perf_counter()
         try:
@@ -102,6 +115,7 @@ class Tracer:
             (program, shell), path.captured_by = fallback, "strict"
         finally:
             state.restore()
+            self.counted |= counted(convention.state_changes)
             path.findings += outside.findings()
         captured = time.perf_counter()
         program = self._in_normal_form(program)
@@ -110,6 +124,8 @@ class Tracer:
             program, shell, self.model, convention, self.ranges
         )
         path.plain_tensors = {slot.name: slot for slot in shell.slots.values()}
+        counters = {slot.name for slot in shell.slots.values() if isinstance(slot, CounterSlot)}
+        path.sources |= {n: replace(s, range=COUNTER_RANGE) for n, s in path.sources.items() if s.name in counters}
         path.marks = _take_marks(path)
         path.timings = {"capture": captured - started, "normalise": time.perf_counter() - captured}
         return path

@@ -92,6 +92,8 @@ class Session:
         assertions: tensor assertions that the trace took to hold, each reported as NX407.
         reachable: gives the arguments and buffers, and what ``forward`` has changed in Python state so far.
         reads: ``.item()`` and ``.tolist()`` whose number became a symbol.
+        counts: integers of the model are lent to this run as counters.
+        inexact: names of those that were asked for a number of Python's.
     """
 
     decisions: Sequence[bool] = ()
@@ -102,6 +104,8 @@ class Session:
     sites: list[Site] = field(default_factory=list)
     assertions: list[Site] = field(default_factory=list)
     reads: list[Site] = field(default_factory=list)
+    counts: bool = False
+    inexact: set[str] = field(default_factory=set)
     trace: Trace = field(default_factory=Trace)
     item_sources: dict[str, tuple[torch.Tensor, object]] = field(default_factory=dict)
     copies: list[Copied] = field(default_factory=list)

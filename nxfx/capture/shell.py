@@ -11,13 +11,14 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from nxfx.capture.state import Change, Holder, ModuleState, Slot, writing_line
+from nxfx.capture.counters import Count
+from nxfx.capture.state import Change, CounterSlot, Holder, ModuleState, Place, Slot, writing_line
 from nxfx.capture.structure import Path, flatten, unflatten
 from nxfx.errors import CaptureError
 from nxfx.report import Finding, Report, Severity
@@ -99,6 +100,8 @@ class Shell(torch.nn.Module):
     Args:
         around: given the leaves, the context in which ``forward`` runs.
         marks: gives tensors that the graph returns after everything else, once ``forward`` has run.
+        counters: where the model keeps integers that the graph has as buffers.
+        count: makes what stands for such an integer, of its buffer and its name.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Shell(torch.nn.Module):
         state: ModuleState,
         around: Callable[[Sequence[Any]], contextlib.AbstractContextManager[Any]],
         marks: Callable[[], list[torch.Tensor]] = list,
+        counters: Collection[Place] = (),
+        count: Callable[[torch.Tensor, str], Count] | None = None,
     ) -> None:
         super().__init__()
         own = self.__dict__
@@ -116,10 +121,10 @@ class Shell(torch.nn.Module):
         own["_buffers"] = model._buffers
         own["_non_persistent_buffers_set"] = model._non_persistent_buffers_set
         own["_modules"] = dict(model._modules)
-        own["_nxfx"] = (model, convention, state, around, marks)
+        own["_nxfx"] = (model, convention, state, around, marks, count)
         self.slots: dict[str, Slot] = {}
         plain = torch.nn.Module()
-        for number, slot in enumerate(state.slots()):
+        for number, slot in enumerate([*state.slots(), *state.counters(counters)]):
             plain.register_buffer(f"plain_{number}", slot.tensor, persistent=False)
             self.slots[f"{PLAIN}.plain_{number}"] = slot
         if self.slots:
@@ -131,25 +136,32 @@ class Shell(torch.nn.Module):
         own["forward"] = types.MethodType(namespace["forward"], self)
 
     def _run(self, leaves: Sequence[torch.Tensor]) -> list[Any]:
-        model, convention, state, around, marks = self.__dict__["_nxfx"]
+        model, convention, state, around, marks, count = self.__dict__["_nxfx"]
         args, kwargs = arguments = unflatten(convention.input_spec, leaves)
         before = flatten(arguments, share=True)
-        with self._lend_plain_tensors(state) as (lent, places), around(leaves):
+        with self._lend_plain_tensors(state, count) as (lent, places), around(leaves):
             before_call = state.registered_now()
             result = model(*args, **kwargs)
             _refuse_misfits(model, before_call, state.registered_now())
+            self._take_counters(places)
             for name, tensor in model.named_buffers():
                 lent.setdefault(id(tensor), name)
             changes = [c for c in state.changes() if c.removed or places.get((id(c.holder.container), c.key)) is not c.after]
         return [*self._conclude(convention, before, arguments, result, changes, leaves, lent), *marks()]
 
     @contextlib.contextmanager
-    def _lend_plain_tensors(self, state: ModuleState) -> Iterator[tuple[dict[int, str], dict[Any, Any]]]:
+    def _lend_plain_tensors(
+        self, state: ModuleState, count: Callable[[torch.Tensor, str], Count] | None
+    ) -> Iterator[tuple[dict[int, str], dict[Any, Any]]]:
         """id of each lent tensor → its name, and where it was put."""
         lent: dict[int, str] = {}
         places: dict[Any, Any] = {}
         for name, slot in self.slots.items():
             tensor = self.get_buffer(name)
+            if isinstance(slot, CounterSlot) and count is not None:
+                places[id(slot.holder.container), slot.key] = counter = count(tensor, slot.name)
+                slot.holder.set(slot.key, counter)
+                continue
             lent[id(tensor)] = slot.name
             for holder, key in slot.aliases:
                 holder.set(key, tensor)
@@ -159,6 +171,15 @@ class Shell(torch.nn.Module):
             lent[id(tensor)] = name
             places[id(holder.container), key] = tensor
         yield lent, places
+
+    def _take_counters(self, places: dict[Any, Any]) -> None:
+        """What ``forward`` left in each counter goes into its buffer."""
+        slots = [(name, slot) for name, slot in self.slots.items() if isinstance(slot, CounterSlot)]
+        left = [places[id(slot.holder.container), slot.key].left(slot.holder.now().get(slot.key)) for _, slot in slots]
+        for (name, slot), value in zip(slots, left, strict=True):
+            if value is not None:
+                self.get_buffer(name).copy_(value)
+            slot.holder.set(slot.key, places[id(slot.holder.container), slot.key])
 
     @staticmethod
     def _conclude(

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 
 from nxfx.capture.structure import Path, open_container, write
+from nxfx.errors import RangeError
 from nxfx.report.locations import Location
 
 # `_output_capturing_hooks_installed`: transformers installs hooks on a model's first call and notes it here; the two belong together,
@@ -29,6 +30,10 @@ _SECOND_REGISTRIES = frozenset({"_flat_weights", "_flat_weight_refs"})
 # Values without entries of their own that forward can change in place: stock is taken of a copy.
 _OPAQUE = (set, bytearray, numpy.ndarray)
 _CONTENT = "content"
+# What a counter may hold between two calls: far from the end of 32 bits, so that what it is added to in a call still fits.
+COUNTER_RANGE = (-(2**30), 2**30)
+# The path of a container and a key of it.
+Place = tuple[Path, Any]
 _MAX_DEPTH = 8
 _MAX_ITEMS = 4096
 
@@ -114,6 +119,55 @@ class Slot:
         assert isinstance(value, torch.Tensor)
         return value
 
+    def fits(self) -> bool:
+        """Whether what stands there now can take the place of what stood there when stock was taken."""
+        value, was = self.holder.now().get(self.key), self.holder.content[self.key]
+        same = isinstance(value, torch.Tensor) and value.dtype == was.dtype and value.shape == was.shape
+        return same and all(holder.now().get(key) is value for holder, key in self.aliases)
+
+    def put(self, value: torch.Tensor) -> None:
+        """A call has left ``value`` there."""
+        self.tensor.copy_(value)
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """The model went to another device: its plain tensors are its owner's to move."""
+
+
+@dataclass(frozen=True)
+class CounterSlot(Slot):
+    """A plain integer. The graph has it as a 0-d int64 buffer; the model goes on with its integer."""
+
+    _held: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """A tensor of its own that holds what the integer is now.
+
+        Raises:
+            RangeError: it is outside of what arithmetic with it is proved for.
+        """
+        value = self.holder.now()[self.key]
+        low, high = COUNTER_RANGE
+        if not low <= value <= high:
+            message = f"the counter {self.name!r} is {value}, outside [{low}, {high}], within which a prepared graph counts"
+            raise RangeError(message, argument=self.name, value=value, position=(), flat_position=0, range=COUNTER_RANGE)
+        if not self._held:
+            self._held.append(torch.full((), value, dtype=torch.int64))
+        elif int(self._held[0]) != value:
+            with torch.no_grad():
+                self._held[0].fill_(value)
+        return self._held[0]
+
+    def fits(self) -> bool:
+        return type(self.holder.now().get(self.key)) is int
+
+    def put(self, value: torch.Tensor) -> None:
+        self.holder.set(self.key, int(value))
+        self.tensor.copy_(value)
+
+    def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._held[:] = map(fn, self._held)
+
 
 def _frozen(value: Any) -> Any:
     if isinstance(value, numpy.ndarray):
@@ -191,6 +245,15 @@ class ModuleState:
                     found.append(Slot(holder, key, name, tuple(self.aliases(value))))
         return found
 
+    def counters(self, places: Collection[Place]) -> list[CounterSlot]:
+        """The plain integers at ``places``."""
+        return [
+            CounterSlot(holder, key, ".".join(str(p) for p in (*holder.path, key) if p != ""))
+            for holder in self.holders
+            for key in holder.content
+            if (holder.path, key) in places
+        ]
+
     def _registered(self) -> dict[int, tuple[dict[str, Any], str, str]]:
         """id of each parameter and buffer, as it was → the registry that holds it, its name there, its dotted name."""
         found: dict[int, tuple[dict[str, Any], str, str]] = {}
@@ -254,6 +317,11 @@ class ModuleState:
             now = holder.now()
             if now.keys() != holder.content.keys() or any(v is not holder.content[k] for k, v in now.items()):
                 holder.put(holder.content)
+
+
+def counted(changes: Iterable[Change]) -> dict[Place, Change]:
+    """Those of ``changes`` that make another integer of an integer, by where it stands."""
+    return {(c.holder.path, c.key): c for c in changes if not c.removed and type(c.before) is int and type(c.after) is int}
 
 
 def writing_line(model: torch.nn.Module, change: Change) -> Location:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from nxfx.capture.counters import Count
 from nxfx.capture.merging import liveness, positions
 from nxfx.capture.structure import open_container
 from nxfx.graph.meta import FakeTensor
@@ -130,6 +131,8 @@ class _Seer:
     def value(self, value: Any, depth: int) -> Any:
         if isinstance(value, torch.Tensor):
             return self.tensor(value)
+        if type(value) is Count:
+            return Count, self.tensor(value._value)
         if isinstance(value, _PLAIN):
             return type(value), value
         if isinstance(value, (float, complex)):
