@@ -148,14 +148,19 @@ def check(
     target: str | Target = "trn2",
     sdk: str | None = None,
     ranges: dict[str, tuple[int, int]] | None = None,
+    variations: int = 1,
 ) -> Report:
     """Everything :func:`prepare` would find and do, as a report. Changes nothing and raises for no hazard of the model.
 
-    The model also runs eagerly, on the example and, where values decide something, on a few inputs like it (within ``ranges``):
+    The model also runs eagerly, on the example and, where values decide something, on other inputs like it (within ``ranges``):
     ``report.sites`` lists every place where a value reaches Python, a shape or the host, whether or not the model can be captured.
     A model that cannot be captured gives the report of the capture error, with a finding for each such line.
+
+    Args:
+        variations: on how many other inputs the model runs. The first turns the conditions on inputs that the example met
+            (``x[0] == 1``); 0 leaves open which sites change with the input.
     """
-    return examine(model, args, kwargs, target=target, sdk=sdk, ranges=ranges)[0]
+    return examine(model, args, kwargs, target=target, sdk=sdk, ranges=ranges, variations=variations)[0]
 
 
 def examine(
@@ -167,6 +172,7 @@ def examine(
     sdk: str | None = None,
     pipeline: Pipeline | str | None = None,
     ranges: dict[str, tuple[int, int]] | None = None,
+    variations: int = 1,
     observer: Observer | None = None,
 ) -> tuple[Report, CaptureError | None]:
     """:func:`check`, and the error where there was nothing to capture."""
@@ -180,7 +186,7 @@ def examine(
         if not report.errors:
             report.add([], [Finding("NX409", Severity.ERROR, " ".join(str(error).split()))])
     started = time.perf_counter()
-    settle(report, observe(model, args, kwargs or {}, ranges or {}), captured=refused is None)
+    settle(report, observe(model, args, kwargs or {}, ranges or {}, variations), captured=refused is None)
     report.timings["observe"] = time.perf_counter() - started
     return report, refused
 

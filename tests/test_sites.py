@@ -134,6 +134,90 @@ def test_a_condition_that_no_input_changes_is_told_from_one_that_does() -> None:
     assert value.across_inputs == "changes" and value.evidence.endswith("False") and "Python flag decided" not in value.fix
 
 
+CONDITIONS: dict[str, Callable[..., Any]] = {
+    "element": lambda x, n, mask: x[1, 2] == 7.0,
+    "beyond": lambda x, n, mask: n > 100,
+    "at least": lambda x, n, mask: n <= -50,
+    "one of many": lambda x, n, mask: (x == 123.0).any(),
+    "all but one": lambda x, n, mask: mask.all(),
+    "none": lambda x, n, mask: ~mask.any(),
+    "not": lambda x, n, mask: torch.logical_not((x[:2] < 40).any()),
+    "truth": lambda x, n, mask: n,
+    "sign of a sum": lambda x, n, mask: x.sum() > 0,
+}
+
+
+class Asked(torch.nn.Module):
+    def __init__(self, condition: Callable[..., Any]) -> None:
+        super().__init__()
+        self.condition = condition
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        if self.condition(*inputs):
+            return inputs[0]
+        return -inputs[0]
+
+
+@pytest.mark.parametrize("name", CONDITIONS)
+def test_one_other_input_turns_the_condition_that_the_example_met(name: str) -> None:
+    """``x[1, 2] == 7`` needs the very number: it is solved, not guessed."""
+    example_of = example()
+    (site,) = [s for s in observe(Asked(CONDITIONS[name]), example_of, {}).sites if s.kind == "if"]
+    assert site.across_inputs == "changes", site
+    assert str(not bool(CONDITIONS[name](*example_of))) in site.evidence
+    assert all(torch.equal(a, b) for a, b in zip(example(), example_of, strict=True))
+
+
+def test_conditions_that_exclude_each_other_take_more_inputs() -> None:
+    class Chain(torch.nn.Module):
+        def forward(self, n: torch.Tensor) -> torch.Tensor:
+            if n == 7:
+                return n
+            if n == 2:
+                return n + 1
+            return n + 2
+
+    once, twice = (observe(Chain(), (torch.tensor(4),), {}, variations=v).sites for v in (1, 2))
+    assert [s.across_inputs for s in once] == ["changes", "changes"]
+    assert "does not run" in once[1].evidence and once[0].evidence == twice[0].evidence == "with negated conditions: True"
+
+
+@pytest.mark.parametrize(("variations", "runs"), [(0, 1), (1, 2), (3, 4)])
+def test_the_model_runs_once_and_once_for_each_other_input(variations: int, runs: int) -> None:
+    called = []
+
+    class Called(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            called.append(x)
+            return x if x.mean() > 0 else -x
+
+    (site,) = observe(Called(), (torch.ones(3),), {}, variations=variations).sites
+    assert len(called) == runs and (site.across_inputs == "untested") == (variations == 0)
+
+
+def test_without_a_site_that_could_change_the_model_runs_once() -> None:
+    called = []
+
+    class Plain(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            called.append(x)
+            return torch.nn.functional.dropout(x, 0.5, training=True).cpu()
+
+    observe(Plain(), (torch.ones(3),), {})
+    assert len(called) == 1
+
+
+def test_an_input_that_the_model_refuses_is_followed_by_another() -> None:
+    class Refuses(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if (x == 3).all():
+                return x.reshape(5)
+            return x * x.sum().item()
+
+    asked, read = observe(Refuses(), (torch.ones(3),), {}).sites
+    assert (asked.across_inputs, read.across_inputs) == ("same", "changes") and "mirrored values" in read.evidence
+
+
 class Embedded(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -164,6 +164,7 @@ def check(
     spec: Spec,
     format: ReportFormat = "text",
     strict_warnings: Annotated[bool, typer.Option("--strict-warnings", help="Exit 1 on warnings too.")] = False,
+    variations: Annotated[int, typer.Option("--variations", min=0, help="On how many other inputs the model also runs.")] = 1,
     pipeline: PipelineText = None,
     target: TargetName = "trn2",
     sdk: Sdk = None,
@@ -187,7 +188,7 @@ def check(
         from nxfx.cli import check
 
         console.check_writable(output)
-        result = check.run(spec, Preparation(pipeline, target, sdk, console.ranges(ranges or ())))
+        result = check.run(spec, Preparation(pipeline, target, sdk, console.ranges(ranges or ())), variations)
         text = result.report.to_json() if format == "json" else str(result.report)
         console.emit(text, output, paint=console.paint_report if format == "text" else None)
         if result.error is not None:

@@ -19,7 +19,7 @@ class Result:
     error: CaptureError | None = None
 
 
-def run(spec: str, how: Preparation) -> Result:
+def run(spec: str, how: Preparation, variations: int = 1) -> Result:
     """Prepare the model that ``spec`` names and return the report.
 
     Raises:
@@ -33,5 +33,5 @@ def run(spec: str, how: Preparation) -> Result:
         if loaded.prepared is not None:
             return Result(loaded.prepared.report)
         progress("capturing")
-        report, error = api.examine(loaded.model, loaded.args, loaded.kwargs, **how.arguments(progress))
+        report, error = api.examine(loaded.model, loaded.args, loaded.kwargs, variations=variations, **how.arguments(progress))
         return Result(report, error)

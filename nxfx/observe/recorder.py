@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nxfx.analysis import value_ops
 from nxfx.capture.session import location_of, model_frames, rank_of
-from nxfx.observe import constructs
+from nxfx.observe import aims, constructs
 from nxfx.observe.constructs import Reading
 from nxfx.report.locations import Location
 from nxfx.report.syntax import place_of
@@ -54,12 +54,13 @@ Key = tuple[Any, ...]
 
 @dataclass
 class Record:
-    """One run: the events by place, in order of the first time, and what must be put back."""
+    """One run: the events by place, in order of the first time, and the conditions on inputs that it met."""
 
     events: dict[Key, Event] = field(default_factory=dict)
     entry: FrameType | None = None
     call: tuple[Any, tuple[Any, ...]] = (None, ())
     told: set[str] = field(default_factory=set)
+    aims: aims.Aims = field(default_factory=lambda: aims.Aims(()))
 
     def frames(self) -> list[FrameType]:
         """The model's own frames and its libraries', innermost first."""
@@ -97,7 +98,10 @@ class FunctionMode(TorchFunctionMode):
         record.call, record.told = (function, args), set()
         try:
             if function not in constructs.LOOKED_AT:
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+                if function in aims.WATCHED:
+                    record.aims.computed(function, args, result)
+                return result
             frames = record.frames()
             reading = constructs.of_function(function, args, kwargs, frames)
             if reading is None:
@@ -105,6 +109,8 @@ class FunctionMode(TorchFunctionMode):
             record.call = (constructs.TOLD, ())
             result = function(*args, **kwargs)
             record.add(reading, frames, _read(function, args, result))
+            if reading.role == "branch" and isinstance(result, bool):
+                record.aims.asked(args[0] if args else None, result)
             return result
         finally:
             record.call, record.told = before, told

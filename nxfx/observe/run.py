@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import random
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,16 +22,17 @@ from nxfx.capture.structure import flatten
 from nxfx.errors import CaptureError
 from nxfx.graph.meta import FakeTensor
 from nxfx.observe import python_state, routes, watch
+from nxfx.observe.aims import Aims, Range
 from nxfx.observe.recorder import DispatchMode, Event, FunctionMode, Key, Record
-from nxfx.observe.variations import Call, Range, duplicate, variations
+from nxfx.observe.variations import Call, clones, duplicate
+from nxfx.observe.variations import variations as varied_calls
 from nxfx.observe.watch import Probe
 from nxfx.report.sites import ValueSite
 
 SHOWN_VALUES = 6
-# Seconds for varied inputs whatever the model; a large one gets half the time of its first run, so that a check stays within three.
-_ENOUGH = 1.0
+_TRIES = 2  # inputs for each run that is wanted: a model may refuse one
 _NEVER_TESTED = frozenset({"random", "copy"})
-_FLAG = "its value was the same for every input tried: if it is a setting, make it a Python flag decided before the model is compiled"
+_FLAG = "its value was the same for {} inputs: if it is a setting, make it a Python flag decided before the model is compiled"
 
 
 @dataclass
@@ -48,16 +49,21 @@ class Observation:
 
 
 def observe(
-    model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ranges: dict[str, tuple[int, int]] | None = None
+    model: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ranges: dict[str, tuple[int, int]] | None = None,
+    variations: int = 1,
 ) -> Observation:
     """Run ``model`` on the example and list every place where a value reaches Python, a shape or the host.
 
     The model, its arguments and the random generators are left as they were; what the model prints is dropped. Where such places are
-    found, the model runs on a few other inputs too, to tell the ones that never change from the ones that do. Nothing is run
-    where there are no values: on the meta device, on fake tensors.
+    found, the model runs on another input too, one that turns the conditions on inputs which the example met, to tell the places that
+    never change from the ones that do. Nothing is run where there are no values: on the meta device, on fake tensors.
 
     Args:
         ranges: input name → declared inclusive range, as :func:`nxfx.prepare` takes it.
+        variations: on how many other inputs the model runs.
 
     Raises:
         TypeError: the arguments do not fit the model's signature.
@@ -71,18 +77,13 @@ def observe(
     if not _has_values([*model.parameters(), *model.buffers(), *(leaf for leaf in flat.leaves if isinstance(leaf, torch.Tensor))]):
         return Observation()
     declared = _declared(ranges or {}, input_names(flat, positional))
-    started = time.perf_counter()
-    first = _run(model, duplicate(call, flat))
-    deadline = time.perf_counter() + max(_ENOUGH, (time.perf_counter() - started) / 2)
+    leaves = clones(flat)
+    first = _run(model, duplicate(call, flat, leaves), aims=Aims(leaves))
     record, found = first.record, Observation(error=first.error)
     tests: dict[str, Record] = {}
     if flat.leaves and any(event.reading.role not in _NEVER_TESTED for event in record.events.values()):
-        for name, varied in variations(call, flat, declared):
-            if time.perf_counter() > deadline and tests:
-                break
-            other = _run(model, varied)
-            if other.error is None or first.error is not None:
-                tests[name] = other.record
+        others = itertools.islice(varied_calls(call, flat, declared, record.aims.met), _TRIES * variations)
+        tests = _varied_runs(model, first, others, variations)
     found.sites = [_site(key, event, tests) for key, event in record.events.items()]
     later = {key: (name, event) for name, other in tests.items() for key, event in other.events.items() if key not in record.events}
     found.sites += [_hidden(name, event) for name, event in later.values()]
@@ -94,6 +95,18 @@ def observe(
             return lines
 
         found.sites += python_state.sites(model, first.changes, first.draws, watched)
+    return found
+
+
+def _varied_runs(model: torch.nn.Module, first: _Run, calls: Iterable[tuple[str, Call]], wanted: int) -> dict[str, Record]:
+    """Runs on the first of ``calls`` that the model takes."""
+    found: dict[str, Record] = {}
+    for name, call in calls:
+        if len(found) >= wanted:
+            break
+        other = _run(model, call)
+        if other.error is None or first.error is not None:
+            found[f"{name} ({len(found) + 1})" if name in found else name] = other.record
     return found
 
 
@@ -142,9 +155,11 @@ class _Run:
     draws: list[Probe] = field(default_factory=list)
 
 
-def _run(model: torch.nn.Module, call: Call, through: Callable[[Callable[[], Any]], None] = lambda forward: forward()) -> _Run:
+def _run(
+    model: torch.nn.Module, call: Call, through: Callable[[Callable[[], Any]], None] = lambda forward: forward(), aims: Aims | None = None
+) -> _Run:
     args, kwargs = call
-    state, run = ModuleState(model), _Run(Record())
+    state, run = ModuleState(model), _Run(Record(aims=aims or Aims(())))
     storages = _Storages([*model.parameters(), *model.buffers(), *(slot.tensor for slot in state.slots())])
     with _aside():
         untouched = [(probe, probe.read()) for probe in watch.generators()]
@@ -156,6 +171,7 @@ def _run(model: torch.nn.Module, call: Call, through: Callable[[Callable[[], Any
             run.error = raised.with_traceback(None)
         finally:
             run.record.entry = None
+            run.record.aims.close()
             run.changes, run.draws = state.changes(), [probe for probe, was in untouched if probe.read() != was]
             state.restore()
             storages.restore()
@@ -199,7 +215,7 @@ def _site(key: Key, event: Event, tests: dict[str, Record]) -> ValueSite:
             site.evidence = f"with {name}: {what}"
             break
     if site.across_inputs == "same" and event.reading.role == "branch":
-        site.fix = f"{_FLAG}. Otherwise {site.fix}"
+        site.fix = f"{_FLAG.format(len(tests) + 1)}. Otherwise {site.fix}"
     return site
 
 
