@@ -103,6 +103,7 @@ class CapturedCall:
         names = self.convention.input_names
         self._passed = [i for i, n in enumerate(names) if n not in self.state_inputs]
         self.placeholders = [meta.val(n) for n in self.graph_module.graph.find_nodes(op="placeholder")]
+        self._rebound = {change.path for change in self.convention.rebound}
         self._twins: dict[str, tuple[int, int]] = {}
         self._premise_stamps: dict[str, tuple[int, int]] = {}
         for name, dtype in boundary.narrowed_buffers.items():
@@ -188,10 +189,11 @@ class CapturedCall:
         with without_autocast(), contextlib.nullcontext() if self.training else torch.no_grad():
             results = run(*admitted)
         outputs = self.boundary.restore(results)
+        returned = {output: self.model_buffer(name) for output, name in self.convention.returned_state.items()}  # before it is replaced
         self._write_buffers(outputs, flat.leaves)
         leaves = self.conclude(outputs, flat.leaves, arguments)
-        for output, name in self.convention.returned_state.items():
-            leaves[output] = self.model_buffer(name)
+        for output, tensor in returned.items():
+            leaves[output] = tensor
         return self.rebuilt(leaves, arguments)
 
     def admit(self, flat: Flat) -> list[torch.Tensor]:
@@ -269,7 +271,11 @@ class CapturedCall:
         return unflatten(self.convention.output_spec, leaves, lambda path: at(arguments, path))
 
     def _write_buffer(self, name: str, value: torch.Tensor) -> None:
-        if name in self.plain:
+        if name in self._rebound:
+            self.plain[name].rebind(value)
+            if name not in self.boundary.narrowed_buffers:
+                own_buffer(self.graph_module, name, self.model_buffer(name))
+        elif name in self.plain:
             self.plain[name].put(value)
         else:
             self.model_buffer(name).copy_(value)

@@ -41,6 +41,7 @@ def save(prepared: PreparedModule, path: str | FilePath) -> None:
         PrepareError: there is not exactly one capture, ``forward`` keeps Python state, or an argument cannot be described in a file.
     """
     ((signature, call),) = prepared.captures.items() if len(prepared.captures) == 1 else ((None, prepared._only()),)
+    call._sync()
     convention = call.convention
     if convention.state_writes:
         raise PrepareError(f"cannot save: forward changes the Python attribute {convention.state_writes[0].path!r}", call.report)

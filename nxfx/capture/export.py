@@ -18,12 +18,12 @@ from nxfx.capture.counting import captured
 from nxfx.capture.merging.merge import MAX_TRACES
 from nxfx.capture.path import Tracer, autocast_state
 from nxfx.capture.shell import Convention, bind, parameter_names
-from nxfx.capture.state import Place, writing_line
+from nxfx.capture.state import Change, Place, writing_line
 from nxfx.capture.structure import Flat, Path, flatten, leaf_names
 from nxfx.capture.unlift import inputs_to_buffers
 from nxfx.errors import CaptureError, UsageError
 from nxfx.graph import meta
-from nxfx.report import Finding, Rewrite, Severity
+from nxfx.report import Finding, Kind, Rewrite, Severity
 
 Ranges = dict[str, tuple[int, int]]
 
@@ -127,7 +127,7 @@ def capture(
         path.mutated_buffers,
         path.mutated_inputs,
         tuple(flat.leaves),
-        session.rewrites,
+        [*session.rewrites, *(_rebinding(model, change) for change in convention.rebound)],
         session.findings + path.findings + _state_findings(model, convention, counted.stays),
         path.timings,
         path.captured_by,
@@ -217,11 +217,22 @@ def _state_example(state_inputs: Sequence[str], flat: Flat, names: list[str]) ->
     return chosen
 
 
+def _rebinding(model: torch.nn.Module, change: Change) -> Rewrite:
+    before, after = f"self.{change.path} = a new tensor", "the buffer that stands for it is written"
+    return Rewrite("capture", "state.rebound-buffer", Kind.EXACT, writing_line(model, change), before, after)
+
+
 def _state_findings(model: torch.nn.Module, convention: Convention, stays: dict[Place, str]) -> list[Finding]:
     findings = []
     for change in convention.state_changes:
         tensors = flatten(change.after).leaves
-        if tensors and not change.removed:
+        if change.path in convention.views:
+            message = (
+                f"forward leaves a part of another tensor in {change.path!r}: prepared calls leave a copy, which does not follow what is "
+                "written to that tensor later"
+            )
+            severity = Severity.ERROR
+        elif tensors and not change.removed:
             message = f"forward rebinds the attribute {change.path!r} to a tensor: prepared calls do too, a compiled graph does not"
             severity = Severity.WARNING
         else:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from nxfx.capture.counters import Count
+from nxfx.capture.rebinding import rebound, views
 from nxfx.capture.state import Change, CounterSlot, Holder, ModuleState, Place, Slot, writing_line
 from nxfx.capture.structure import Path, flatten, unflatten
 from nxfx.errors import CaptureError
@@ -80,6 +81,8 @@ class Convention:
         returned_state: output leaf → name of the model's tensor that the result *is*.
         arguments_after: what the argument containers hold after the call, None when untouched.
         state_writes, state_guards: Python state of the model that the call changes, and rests on.
+        rebound: plain tensors of the model that the call replaces; the graph writes their buffers.
+        views: attributes that the call leaves a part of another tensor in.
     """
 
     input_spec: Any
@@ -92,6 +95,8 @@ class Convention:
     state_writes: list[StateWrite] = field(default_factory=list)
     state_guards: list[StateGuard] = field(default_factory=list)
     state_changes: list[Change] = field(default_factory=list)
+    rebound: list[Change] = field(default_factory=list)
+    views: list[str] = field(default_factory=list)
 
 
 class Shell(torch.nn.Module):
@@ -147,6 +152,11 @@ class Shell(torch.nn.Module):
             for name, tensor in model.named_buffers():
                 lent.setdefault(id(tensor), name)
             changes = [c for c in state.changes() if c.removed or places.get((id(c.holder.container), c.key)) is not c.after]
+            buffers = {(id(s.holder.container), s.key): (s, self.get_buffer(name)) for name, s in self.slots.items()}
+            kept = [*flatten(result).leaves, *flatten(arguments, share=True).leaves]
+            own = [*leaves, *model.parameters(), *model.buffers(), *(tensor for _, tensor in buffers.values())]
+            convention.rebound = rebound(changes, buffers, kept, own)
+            convention.views = views(changes, own)
         return [*self._conclude(convention, before, arguments, result, changes, leaves, lent), *marks()]
 
     @contextlib.contextmanager

@@ -129,6 +129,10 @@ class Slot:
         """A call has left ``value`` there."""
         self.tensor.copy_(value)
 
+    def rebind(self, value: torch.Tensor) -> None:
+        """A call has put ``value`` in its place; whoever holds the old tensor keeps it."""
+        self.holder.set(self.key, value.to(self.tensor.dtype))
+
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """The model went to another device: its plain tensors are its owner's to move."""
 

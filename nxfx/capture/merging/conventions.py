@@ -37,6 +37,7 @@ def common(paths: list[Traced], parting: Callable[[Traced, Traced], Site | None]
             raise Unmergeable(f"its sides {reason}", parting(paths[0], path))
     conventions = [p.convention for p in paths]
     first.passed_through = _shared([c.passed_through for c in conventions])
+    first.rebound = list({change.path: change for c in conventions for change in c.rebound}.values())
     first.returned_state = _shared([c.returned_state for c in conventions])
     return first
 
