@@ -23,7 +23,7 @@ def _words(text: str) -> list[str]:
 
 
 _PLAIN_OPERATIONS = _words("add sub mul truediv floordiv mod and or xor lshift rshift")
-_BINARY = frozenset(
+BINARY = frozenset(
     {
         *(f"__{kind}{name}__" for name in _PLAIN_OPERATIONS for kind in ("", "r", "i")),
         *(f"__{name}__" for name in ("div", "rdiv", "idiv", "eq", "ne", "lt", "le", "gt", "ge")),
@@ -34,11 +34,11 @@ _BINARY = frozenset(
 )
 _CHOOSING = frozenset({"where", "clamp", "clamp_min", "clamp_max", "clip", "masked_fill", "masked_fill_"})
 # What divides in floating point: integers are not brought to each other's dtype first.
-_DIVIDING = frozenset(
+DIVIDING = frozenset(
     _words("__truediv__ __rtruediv__ __itruediv__ __div__ __rdiv__ __idiv__ div divide true_divide div_ divide_ true_divide_")
 )
 # Of these dtypes torch takes every integer that a counter may be.
-_ROOMY = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
+ROOMY = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
 
 
 def resolved(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -61,10 +61,10 @@ def resolved(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
     tensors = [a for a in others if isinstance(a, torch.Tensor) and not (name == "where" and a is args[0])]
     roomy = all(_takes(t.dtype, c) or t.dtype is torch.bool and name.startswith("masked_fill") for t in tensors for c in direct)
     alone = not any(isinstance(a, (int, float, complex)) for a in others)
-    is_binary = name in _BINARY and len(args) + len(kwargs) == 2
+    is_binary = name in BINARY and len(args) + len(kwargs) == 2
     if len(direct) != len(counts) or not (is_binary or name in _CHOOSING and roomy and (alone or name == "where")):
         counts[0]._refuse(f"torch.{name}")
-    standing = [] if name in _DIVIDING else [t for t in tensors if t.dtype is not torch.bool or is_binary]
+    standing = [] if name in DIVIDING else [t for t in tensors if t.dtype is not torch.bool or is_binary]
 
     def tensor(value: Any) -> Any:
         return _beside(value, standing) if type(value) is Count else value
@@ -74,7 +74,7 @@ def resolved(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tu
 
 def _takes(dtype: torch.dtype, count: Count) -> bool:
     """Whether a tensor of ``dtype`` takes every integer that ``count`` may be."""
-    return dtype in _ROOMY or dtype is torch.int32 and count._limit <= INT32[1]
+    return dtype in ROOMY or dtype is torch.int32 and count._limit <= INT32[1]
 
 
 def _beside(count: Count, tensors: list[Any]) -> torch.Tensor:

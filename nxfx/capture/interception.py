@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nxfx.capture import branches, counted_calls, memory, tensor_bounds
+from nxfx.capture import branches, counted_calls, memory, read_operands, tensor_bounds
 from nxfx.capture.session import Session, Site
 from nxfx.capture.windows import check_outputs
 from nxfx.report.findings import Severity
@@ -62,6 +62,8 @@ class _Interception(TorchFunctionMode):
             return _set_grad_enabled(*args)
         if self.session.counts:
             function, args, kwargs = counted_calls.resolved(function, args, kwargs)
+        if self.session.item_sources:
+            args, kwargs = read_operands.resolved(self.session, function, args, kwargs)
         handler = _HANDLERS.get(function)
         if self.grad_at_entry and self.session.training and not torch.is_grad_enabled():
             return _without_gradient(self.session, handler, function, args, kwargs)

@@ -40,6 +40,13 @@ def remember(session: Session, symbol: Any, tensor: torch.Tensor) -> None:
         session.item_sources[str(next(iter(symbols)))] = (tensor, session.trace.version(tensor))
 
 
+def source_of(session: Session, symbol: Any) -> torch.Tensor | None:
+    """The tensor that holds the number ``symbol``, None where nobody knows it any more, or more was made of it."""
+    expression = symbol.node.expr
+    source = session.item_sources.get(str(expression)) if expression.is_Symbol else None
+    return None if source is None or session.trace.version(source[0]) != source[1] else source[0]
+
+
 def as_tensor(session: Session, symbol: Any) -> torch.Tensor:
     """The 0-d integer tensor that ``symbol`` stands for: its arithmetic done again on the tensors it came from."""
     expression = symbol.node.expr
