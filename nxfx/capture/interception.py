@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from nxfx.capture import branches, counted_calls, memory, read_operands, tensor_bounds
+from nxfx.capture import branches, counted_calls, found_positions, memory, read_operands, tensor_bounds
 from nxfx.capture.session import Session, Site
 from nxfx.capture.windows import check_outputs
 from nxfx.report.findings import Severity
@@ -27,6 +27,7 @@ _HANDLERS: dict[Any, Handler] = {
     torch.Tensor.__setitem__: tensor_bounds.on_setitem,
     **branches.HANDLERS,
     **memory.HANDLERS,
+    **found_positions.HANDLERS,
 }
 
 

@@ -17,6 +17,7 @@ from torch import fx
 from nxfx.analysis.provenance import Source
 from nxfx.capture import branches, errors, normalise
 from nxfx.capture.counters import Count
+from nxfx.capture.found_positions import drop_unused
 from nxfx.capture.frames import whole_traces
 from nxfx.capture.interception import Session, interception
 from nxfx.capture.outside import OutsideState, foreign_tensors
@@ -123,6 +124,7 @@ class Tracer:
         path.graph_module, path.sources, path.mutated_buffers, path.mutated_inputs = unlift(
             program, shell, self.model, convention, self.ranges
         )
+        drop_unused(path.graph_module.graph)
         path.plain_tensors = {slot.name: slot for slot in shell.slots.values()}
         counters = {slot.name for slot in shell.slots.values() if isinstance(slot, CounterSlot)}
         path.sources |= {n: replace(s, range=COUNTER_RANGE) for n, s in path.sources.items() if s.name in counters}

@@ -92,6 +92,7 @@ class Session:
         assertions: tensor assertions that the trace took to hold, each reported as NX407.
         reachable: gives the arguments and buffers, and what ``forward`` has changed in Python state so far.
         reads: ``.item()`` and ``.tolist()`` whose number became a symbol.
+        found: id of a tensor of positions → the condition that gave them.
         counts: integers of the model are lent to this run as counters.
         inexact: names of those that were asked for a number of Python's.
     """
@@ -104,6 +105,7 @@ class Session:
     sites: list[Site] = field(default_factory=list)
     assertions: list[Site] = field(default_factory=list)
     reads: list[Site] = field(default_factory=list)
+    found: dict[int, Any] = field(default_factory=dict)
     counts: bool = False
     inexact: set[str] = field(default_factory=set)
     trace: Trace = field(default_factory=Trace)
@@ -151,6 +153,7 @@ class Session:
         self.repetitions.clear()
         self.copies.clear()
         self.item_sources.clear()
+        self.found.clear()
         self.trace = Trace()
 
     @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nxfx.capture import masks, symbols, trace
+from nxfx.capture import found_positions, masks, symbols, trace
 from nxfx.capture.masks import Axis
 from nxfx.capture.session import Copied, Session
 from nxfx.capture.windows import Window, aligned
@@ -51,6 +51,15 @@ def needs_interception(index: Any) -> bool:
 def on_getitem(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``Tensor.__getitem__``."""
     base, index = args
+    if session.found:
+        index = found_positions.as_masks(session, index)
+        result = _read(session, function, base, index)
+        found_positions.column(session, base, index, result)
+        return result
+    return _read(session, function, base, index)
+
+
+def _read(session: Session, function: Any, base: Any, index: Any) -> Any:
     if not needs_interception(index) or not trace.is_tracing(base):
         return function(base, index)
     items = _expanded(_with_literals(index), base.ndim)
@@ -68,6 +77,7 @@ def on_getitem(session: Session, function: Any, args: tuple[Any, ...], kwargs: d
 def on_setitem(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``Tensor.__setitem__``."""
     base, index, value = args
+    index = found_positions.as_masks(session, index) if session.found else index
     if isinstance(value, Window) and not needs_interception(index):
         return function(base, index, value._tensor("assignment to a slice of fixed size"))
     if not needs_interception(index) or not trace.is_tracing(base):

@@ -142,7 +142,7 @@ def _holds_its_bounds(check: Checker, node: fx.Node) -> bool:
     """Whether the smallest and largest value that ``node`` can hold do occur in it: an iota or a constant, moved or shifted."""
     while isinstance(node, fx.Node):
         value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or 0 in value.shape or any(not isinstance(n, int) for n in value.shape):
+        if not isinstance(value, torch.Tensor) or any(not isinstance(n, int) for n in value.shape) or 0 in value.shape:
             return False
         if node.op != "call_function":
             source = check.context.sources.get(node.name)

@@ -109,7 +109,7 @@ class IndexWrite:
     def is_empty(self) -> bool:
         extents = (shown for shown in self.axes.values() if isinstance(shown, Extent))
         tensors = (self.base, *(target.index for target in self.targets))
-        return any(e.is_empty for e in extents) or any(0 in meta.val(tensor).shape for tensor in tensors)
+        return any(e.is_empty for e in extents) or any(meta.is_empty(meta.val(tensor)) for tensor in tensors)
 
     @property
     def value_is_free(self) -> bool:

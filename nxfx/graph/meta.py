@@ -141,6 +141,11 @@ def move(value: torch.Tensor, device: torch.device) -> torch.Tensor:
     return meta if device.type == "meta" else FakeTensor(value.fake_mode, meta, device)
 
 
+def is_empty(value: torch.Tensor) -> bool:
+    """Whether a size is known to be zero; one that depends on data is not known."""
+    return any(type(size) is int and size == 0 for size in value.shape)
+
+
 def symbol_of(size: Any) -> Any:
     """The sympy expression of a symbolic size, None for an int."""
     return size.node.expr if isinstance(size, torch.SymInt) else None
