@@ -248,6 +248,7 @@ def refusal(sessions: Sequence[Session], model_name: str, error: Exception | Non
     lines = [
         f"{f.location}: {f.location.source}\n    {f.code} {f.message}"
         + (f"\n    Write instead: {f.fix}" if f.fix else "")
+        + "".join(f"\n      {line}" for line in f.instead.splitlines())
         for f in findings
     ]
     what = (

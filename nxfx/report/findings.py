@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from nxfx.report.locations import Location, locate
+from nxfx.report.written_out import written_out
 
 
 class Severity(str, Enum):
@@ -80,6 +81,7 @@ class Finding:
         node: name of the FX node.
         fix: what to write instead.
         count: how many equal findings this one stands for.
+        instead: the statement at that line as it can be written, where that is sure to mean the same.
     """
 
     code: str
@@ -89,6 +91,7 @@ class Finding:
     node: str = ""
     fix: str = ""
     count: int = 1
+    instead: str = ""
 
     def __post_init__(self) -> None:
         if self.code not in CODES:
@@ -103,6 +106,11 @@ class Finding:
         return {**asdict(self), "severity": self.severity.value}
 
 
+def _instead(finding: Finding) -> str:
+    """Nothing where the finding says that the two sides are no values of one kind."""
+    return "" if "since its sides" in finding.message else written_out(finding.code, finding.location)
+
+
 def merge(findings: list[Finding]) -> list[Finding]:
     """Equal findings on one line folded into one with a count, in order of first appearance."""
     merged: dict[tuple[Any, ...], Finding] = {}
@@ -111,5 +119,5 @@ def merge(findings: list[Finding]) -> list[Finding]:
         if key in merged:
             merged[key].count += f.count
         else:
-            merged[key] = replace(f)  # the caller's own record keeps its count
+            merged[key] = replace(f, instead=f.instead or _instead(f))  # the caller's own record keeps its count
     return list(merged.values())

@@ -55,6 +55,7 @@ def render(report: Report) -> str:
         lines.append(f"        at {f.location}" + (f": {f.location.source}" if f.location.source else ""))
         if f.fix:
             lines.append(f"        fix: {f.fix}")
+        lines += [f"        {'here: ' if not number else '      '}{line}" for number, line in enumerate(f.instead.splitlines())]
     if report.sites:
         lines.append("\nWhere values decide (an eager run on the example)")
     for site in report.sites:
