@@ -151,6 +151,18 @@ class Loop(torch.nn.Module):
         return x
 
 
+class Shapes(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x[0] > 0:
+            return x
+        return x.sum()
+
+
+def test_sides_of_two_shapes_are_not_written_as_a_choice() -> None:
+    (finding,) = nxfx.check(Shapes(), (torch.ones(3),)).errors
+    assert "its sides give" in finding.message and finding.instead == ""
+
+
 def test_the_report_and_the_error_show_it() -> None:
     report = nxfx.check(Loop(), (torch.ones(2), torch.tensor(2)))
     shown = [

@@ -221,6 +221,7 @@ def unresolved(sessions: Sequence[Session], error: Exception | None = None) -> l
     for finding in findings:
         if reason and (culprit is None or finding.location == culprit.location):
             finding.message += f". It stays, since {reason}"
+            finding.instead = ""  # to be written out anew, for that reason
             if culprit is not None:
                 break
     return findings
