@@ -302,15 +302,20 @@ def invented_guards(program: torch.export.ExportedProgram) -> list[str]:
     themselves do not tell: their stack traces name the ``.item()``). What is listed makes the graph refuse inputs that
     eager takes, such as ``u6 >= 3`` for ``y[:n] -= 5``.
     """
-    listed: dict[str, None] = {}
-    for symbol, expression in _guards(program):
+    return list(guards_by_node(program))
+
+
+def guards_by_node(program: torch.export.ExportedProgram) -> dict[str, torch.fx.Node]:
+    """What :func:`invented_guards` lists, each with the node that states it: its stack trace names what it is a condition on."""
+    listed: dict[str, torch.fx.Node] = {}
+    for symbol, expression, node in _guards(program):
         stated = _STATED.get(symbol.node.shape_env, ())
         if _canonical(expression) not in stated and not _is_implied(expression):
-            listed[str(expression)] = None
-    return list(listed)
+            listed.setdefault(str(expression), node)
+    return listed
 
 
-def _guards(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, Any]]:
+def _guards(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, Any, torch.fx.Node]]:
     aten = torch.ops.aten
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
@@ -318,11 +323,11 @@ def _guards(program: torch.export.ExportedProgram) -> Iterator[tuple[Any, Any]]:
                 continue
             value = node.args[0].meta.get("val") if isinstance(node.args[0], torch.fx.Node) else node.args[0]
             if node.target is aten._assert_scalar.default and isinstance(value, torch.SymBool):
-                yield value, value.node._expr
+                yield value, value.node._expr, node
             elif node.target in (aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default):
                 low = node.kwargs.get("min")
                 if isinstance(value, torch.SymInt) and low is not None and low > 0:
-                    yield value, value.node._expr >= low
+                    yield value, value.node._expr >= low, node
 
 
 def _canonical(expression: Any) -> str:

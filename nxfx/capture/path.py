@@ -29,6 +29,7 @@ from nxfx.capture.unlift import unlift
 from nxfx.capture.writes import check_writes
 from nxfx.errors import CaptureError
 from nxfx.report import Finding, Report, Severity
+from nxfx.report.locations import locate
 from nxfx.report.syntax import causes, site_of
 
 
@@ -156,13 +157,16 @@ class Tracer:
         except Exception as error:
             self._refuse_shared_memory(error)
             raise errors.translate(error, model_name=name, model=self.model) from error
-        invented = branches.invented_guards(program)
+        invented = branches.guards_by_node(program)
         if invented:
+            condition, node = next(iter(invented.items()))
+            location = locate(node)
+            message = f"torch.export added a condition on a data-dependent size that the model does not state: {condition}"
+            fix = "state it with torch._check(...), or use a mask instead of a size that depends on data"
             raise CaptureError(
-                f"{name}: torch.export added a condition on a data-dependent size that the model does not state: "
-                f"{invented[0]}. State it with torch._check(...), or use a mask instead of a tensor-valued slice.",
+                f"{name}: {message}\n  {location}: {location.source}\n  Write instead: {fix}",
                 construct="a size that depends on data",
-                report=Report(findings=[Finding("NX409", Severity.ERROR, invented[0])]),
+                report=Report(findings=[Finding("NX409", Severity.ERROR, message, location, node.name, fix)]),
             )
         return program
 
