@@ -106,7 +106,7 @@ def document(rows: list[Row]) -> str:
     total = sum((Counter(r.sites) for r in rows), Counter[str]())
     plain, ours = (sum(getattr(r, which) == CAPTURED for r in rows) for which in ("plain", "ours"))
     by_value = [r for r in rows if r.plain == BY_VALUE]
-    new, lost = [r.name for r in rows if r.is_new], [r.name for r in rows if r.plain == CAPTURED and r.ours != CAPTURED]
+    new, lost = [r.name for r in rows if r.is_new], [f"{r.name} ({r.ours.split()[0]})" for r in rows if r.plain == CAPTURED and r.ours != CAPTURED]
     other = [r.name for r in rows if r.plain not in (CAPTURED, BY_VALUE) and r.ours == CAPTURED]
     lines = [
         "# Where values decide in real architectures",
@@ -125,8 +125,8 @@ def document(rows: list[Row]) -> str:
         "",
         f"Refused by plain `torch.export` for value dependence and captured by nxfx: {', '.join(new) or 'none'}.",
         f"Refused by it for another reason and captured by nxfx: {', '.join(other) or 'none'}.",
-        f"Captured by it and refused by nxfx, with the line: {', '.join(lost) or 'none'} (NX409: its graph has a condition on a size that the",
-        "model does not state, and refuses inputs that eager takes).",
+        f"Captured by it and refused by nxfx, with the line: {', '.join(lost) or 'none'}. [NX409](codes/NX409.md): its graph has a condition",
+        "that the model does not state, and refuses inputs that eager takes.",
         "",
         "Where both capture a model with places in it, `transformers` itself leaves its mask shortcuts out while it is traced; both graphs have",
         "the general form.",
