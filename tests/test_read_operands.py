@@ -71,7 +71,11 @@ class Fn(nn.Module):
 @pytest.mark.parametrize("function", [chained, power, scaled], ids=lambda f: f.__name__)
 def test_more_than_an_operand_stays_and_is_reported(function: Callable[..., Any]) -> None:
     x, t = torch.randn(3), torch.tensor(2)
-    prepared = nxfx.prepare(Fn(function), (x, t))
+    try:
+        prepared = nxfx.prepare(Fn(function), (x, t))
+    except nxfx.CaptureError as error:  # torch 2.9 takes no symbol as an exponent
+        assert error.report is not None and [f.code for f in error.report.errors] == ["NX402"]
+        return
     assert [f.code for f in prepared.report.errors] == ["NX402"] and compare(function(x, t), prepared(x, t)).ok
 
 
