@@ -15,13 +15,14 @@ from nxfx.analysis.wide_edges import wide_edges
 from nxfx.boundary import Boundary, Check, hoist
 from nxfx.capture.export import Capture, capture, without_autocast
 from nxfx.capture.merging.merge import MAX_TRACES
+from nxfx.captured_call import CapturedCall, Recipe
 from nxfx.errors import CaptureError, PassError, PrepareError, UsageError
 from nxfx.graph.walk import reshape_views
 from nxfx.lifting.tables import restore_tables
 from nxfx.observe.run import observe
 from nxfx.observe.settle import settle
 from nxfx.pipeline import PassContext, Pipeline, PipelineResult
-from nxfx.prepared import CapturedCall, PreparedModule, Recipe
+from nxfx.prepared import PreparedModule
 from nxfx.report import Finding, Report, Severity
 from nxfx.targets import Target, get_target
 from nxfx.targets.flags import compiler_args

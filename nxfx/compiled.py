@@ -10,8 +10,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 from nxfx.api import prepare
 from nxfx.capture.dynamo import Inner, inner_compiler
+from nxfx.captured_call import CapturedCall
 from nxfx.errors import CompilerError, NxfxError, UsageError
-from nxfx.prepared import CapturedCall, PreparedModule
+from nxfx.prepared import PreparedModule
 from nxfx.report.failures import explain
 from nxfx.targets import Target, get_target
 

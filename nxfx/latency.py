@@ -20,7 +20,8 @@ from nxfx.capture.structure import unflatten
 from nxfx.errors import PrepareError, UsageError
 
 if TYPE_CHECKING:
-    from nxfx.prepared import CapturedCall, PreparedModule
+    from nxfx.captured_call import CapturedCall
+    from nxfx.prepared import PreparedModule
 
 # Settled: within a fifth of the best so far, and not the best by more than that. More requests than this are not sent.
 TOLERANCE = 0.2

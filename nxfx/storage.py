@@ -24,10 +24,11 @@ from nxfx.capture.export import Capture
 from nxfx.capture.shell import Assigned, Convention
 from nxfx.capture.structure import Container, Leaf, Same, Static
 from nxfx.capture.unlift import constants_to_attributes, mirror
+from nxfx.captured_call import CapturedCall
 from nxfx.errors import PrepareError, UsageError
 from nxfx.graph.attributes import own_buffer, share_registries
 from nxfx.graph.walk import reshape_views
-from nxfx.prepared import CapturedCall, PreparedModule, Signature
+from nxfx.prepared import PreparedModule, Signature
 from nxfx.report import Report
 
 EXTRA = "nxfx.json"

@@ -13,9 +13,10 @@ from torch import fx
 
 from nxfx.analysis.dtype_rules import is_wide
 from nxfx.analysis.provenance import Role, Source
+from nxfx.captured_call import CapturedCall
 from nxfx.errors import PrepareError, UsageError
 from nxfx.graph import meta
-from nxfx.prepared import CapturedCall, PreparedModule
+from nxfx.prepared import PreparedModule
 from nxfx.report.locations import Location, locate
 
 # What a reader of a lowered program looks for first: what Neuron refuses, slows down on, or gets wrong. HLO spellings.

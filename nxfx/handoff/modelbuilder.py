@@ -18,12 +18,12 @@ from torch import fx
 
 from nxfx.capture.shell import bind
 from nxfx.capture.structure import flatten
+from nxfx.captured_call import CapturedCall
 from nxfx.environment import neuronx_distributed
 from nxfx.errors import PrepareError, UsageError
 from nxfx.handoff.neuron import CompiledCall, TracedModule, examples_of, prepared_call
 from nxfx.handoff.state import Aliases, Arguments, NamesOnly, StateArguments, is_meta, merged_aliases
 from nxfx.handoff.tracing import traceable
-from nxfx.prepared import CapturedCall
 from nxfx.targets import Target, get_target
 
 AliasesOf = Callable[[torch.nn.Module], Mapping[torch.Tensor, int]]

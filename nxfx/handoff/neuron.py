@@ -12,6 +12,7 @@ from nxfx.api import prepare
 from nxfx.capture.export import without_autocast
 from nxfx.capture.shell import bind
 from nxfx.capture.structure import Flat, flatten, unflatten
+from nxfx.captured_call import CapturedCall
 from nxfx.environment import legacy_torch_neuronx
 from nxfx.errors import CompilerError, PrepareError, UsageError
 from nxfx.handoff.flags import merge_flags
@@ -27,7 +28,6 @@ from nxfx.handoff.state import (
 )
 from nxfx.handoff.tracing import traceable
 from nxfx.latency import WarmUp, warmup
-from nxfx.prepared import CapturedCall
 from nxfx.report import Report
 from nxfx.report.failures import explain
 from nxfx.targets import Target, get_target

@@ -10,11 +10,11 @@ import torch
 
 from nxfx.capture.shell import bind
 from nxfx.capture.structure import flatten
+from nxfx.captured_call import CapturedCall
 from nxfx.errors import PrepareError, UsageError
 from nxfx.graph import meta, walk
 from nxfx.graph.attributes import own_buffer, share_registries
 from nxfx.graph.builder import NodeBuilder
-from nxfx.prepared import CapturedCall
 from nxfx.report import Finding, Severity
 from nxfx.report.locations import locate
 

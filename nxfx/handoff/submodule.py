@@ -11,13 +11,13 @@ import torch
 from nxfx import device as devices
 from nxfx.capture.shell import bind
 from nxfx.capture.structure import flatten
+from nxfx.captured_call import CapturedCall
 from nxfx.errors import PrepareError, UsageError
 from nxfx.graph.attributes import share_registries
 from nxfx.handoff.legalise import legalise
 from nxfx.handoff.lowered import admitted
 from nxfx.handoff.neuron import examples_of, prepared_call
 from nxfx.handoff.state import Arguments, NamesOnly, is_meta
-from nxfx.prepared import CapturedCall
 from nxfx.report import Finding, Report, Severity
 from nxfx.targets import Target, get_target
 

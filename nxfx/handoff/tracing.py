@@ -9,11 +9,11 @@ from torch import fx
 
 from nxfx import device as devices
 from nxfx.capture.unlift import STATE
+from nxfx.captured_call import CapturedCall
 from nxfx.errors import PrepareError
 from nxfx.graph.attributes import own_buffer
 from nxfx.handoff.legalise import legalise
 from nxfx.handoff.lowered import admitted
-from nxfx.prepared import CapturedCall
 
 
 def traceable(call: CapturedCall, root: torch.nn.Module | None = None) -> fx.GraphModule:

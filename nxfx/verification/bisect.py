@@ -11,10 +11,10 @@ from torch import fx
 
 from nxfx import reproducer
 from nxfx.capture.export import Capture, without_autocast
+from nxfx.captured_call import Recipe
 from nxfx.errors import PassError
 from nxfx.graph.copying import copy_graph
 from nxfx.pipeline import PassContext, Pipeline
-from nxfx.prepared import Recipe
 from nxfx.report.rewrites import Kind, Rewrite
 from nxfx.verification.equivalence import compare
 from nxfx.verification.judge import judge

@@ -11,11 +11,11 @@ import torch
 from nxfx.boundary import Boundary, hoist
 from nxfx.capture.export import Capture
 from nxfx.capture.structure import flatten, unflatten
+from nxfx.captured_call import CapturedCall, Recipe
 from nxfx.errors import PrepareError, RangeError
 from nxfx.graph.copying import copy_graph
 from nxfx.graph.meta import FakeTensor
 from nxfx.pipeline import PassContext
-from nxfx.prepared import CapturedCall, Recipe
 from nxfx.report import Report
 from nxfx.report.certificate import Certificate, CertificateCase
 from nxfx.verification.bisect import bisect_passes, differences, is_exact, run_graph

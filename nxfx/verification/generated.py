@@ -10,9 +10,9 @@ import torch
 
 from nxfx.boundary import InputRule
 from nxfx.capture.structure import Flat, flatten
+from nxfx.captured_call import CapturedCall
 from nxfx.graph import meta
 from nxfx.observe.variations import Call, duplicate, variations
-from nxfx.prepared import CapturedCall
 
 _ENFORCED = ("declared", "implied by use", "assumed")
 _SPECIAL = (math.nan, math.inf, -math.inf, -0.0, 0.0)

@@ -16,9 +16,10 @@ from nxfx.capture.export import without_autocast
 from nxfx.capture.shell import bind
 from nxfx.capture.state import ModuleState
 from nxfx.capture.structure import Flat, flatten
+from nxfx.captured_call import CapturedCall
 from nxfx.errors import UsageError
 from nxfx.observe.variations import duplicate
-from nxfx.prepared import CapturedCall, PreparedModule
+from nxfx.prepared import PreparedModule
 from nxfx.verification.precision import HigherPrecision, Precision
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

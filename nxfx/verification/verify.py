@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from nxfx import api
 from nxfx.capture.structure import flatten
+from nxfx.captured_call import CapturedCall
 from nxfx.errors import CaptureError, NxfxError, UsageError
 from nxfx.observe.variations import duplicate
-from nxfx.prepared import CapturedCall, PreparedModule
+from nxfx.prepared import PreparedModule
 from nxfx.storage import Skeleton, load
 from nxfx.verification import captures as dumps
 from nxfx.verification.autocast import AutoCast, CastType, Emulation
