@@ -141,6 +141,23 @@ def test_roundings_that_cancel_stay_and_what_does_not_is_lifted() -> None:
         assert lifted(separate, args).result.changed
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda h, p: (h.float() - p.to(BF16).float()) + p.to(BF16),
+        lambda h, p: (h.float() - (low := p.to(BF16)).float()) + low,
+        lambda h, p: (h.float() - (low := p.to(BF16)).float() * 0.5) + low * 0.5,
+        lambda h, p: ((h.float() - (low := p.to(BF16)).float()) * 2 + low * 2, low.float() * 0.3 * h.float()),
+        lambda h, p: ((h.float() - (low := p.to(BF16)).float()) + low, low.float().sin()),
+        lambda h, p: (h - (low := p.to(BF16))).float() + low.float(),
+    ],
+)  # fmt: skip
+def test_a_rounding_that_cancels_in_float32_stays_too(model: Any) -> None:
+    args = (HIDDEN[0, 0, :, 0].clone(), POSITIONS[0])
+    found = lifted(model, args)
+    assert torch.equal(found.before(*args)[0], found.after(*args)[0]), "the widened side would be unrounded, and the other would not"
+
+
 # --- boundaries -------------------------------------------------------------------------------------------------------
 
 

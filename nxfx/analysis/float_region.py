@@ -47,7 +47,7 @@ def grow(origins: IntegerOrigins) -> Region:
             growth.forwards(node)
         if len(growth.nodes) > before:
             causes.append(node)
-    growth.nodes -= paired(origins, growth.nodes)
+    growth.leave(paired(origins))
     kept = growth.trimmed()
     return Region({n: None for n in origins.members if n in kept}, causes)
 
@@ -57,6 +57,7 @@ class _Growth:
         self.origins = origins
         self.members = origins.members
         self.nodes: set[fx.Node] = set()
+        self.left: set[fx.Node] = set()
         self._forwards: set[fx.Node] = set()
         self._backwards: set[fx.Node] = set()
 
@@ -93,6 +94,15 @@ class _Growth:
                         self.nodes.add(value)
                     pending.append(value)
 
+    def leave(self, rounded: set[fx.Node]) -> None:
+        """Leave ``rounded`` as they are, and what only widens them again."""
+        self.left = set(rounded)
+        for node, member in self.members.items():
+            widens = node in self.nodes and member.family is Family.CAST and dtype_of(node) is torch.float32
+            if widens and any(v in rounded for v in member.values):
+                self.left.add(node)
+        self.nodes -= self.left
+
     def trimmed(self) -> set[fx.Node]:
         kept: set[fx.Node] = set()
         refined = self._refined()
@@ -113,6 +123,8 @@ class _Growth:
 
     def _gains(self, user: fx.Node, kept: set[fx.Node]) -> bool:
         """Whether ``user`` makes something of the unrounded value."""
+        if user in self.left:
+            return False
         if user in kept or user in self.origins.sinks:
             return True
         member = self.members.get(user)

@@ -6,8 +6,9 @@ itself away there, and an unrounded one would not: eager is off by nothing, half
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
@@ -19,42 +20,72 @@ _LINEAR = _SUMS | {"mul", "div", "sum", "mean", "cumsum", "lerp", "diff"}
 _FAR = 256  # nodes after which an activation is taken for another one
 
 
-def paired(origins: IntegerOrigins, region: Collection[fx.Node]) -> set[fx.Node]:
-    """The nodes of ``region`` that have to stay rounded, since what they are made of cancels with what is rounded outside."""
-    entries: dict[fx.Node, list[fx.Node]] = {}
-    rounded: dict[fx.Node, list[fx.Node]] = {}
-    for node, integer in origins.met:
-        rounded.setdefault(_root(integer), []).append(node)
-    for node, entry in origins.entries.items():
-        root = _root(entry.integer or node)
-        entries.setdefault(root, []).append(node)
-        rounded.setdefault(root, []).extend(_takers(node, origins))
+@dataclass
+class _Forms:
+    """What is linear in one integer, and who is given it.
+
+    Attributes:
+        of: member → the member whose value it is: the last that computes or widens. None is the integer as its entry rounds it.
+        given: activation → the forms it is given, and whether in low precision.
+    """
+
+    of: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
+    given: dict[fx.Node, set[tuple[fx.Node | None, bool]]] = field(default_factory=dict)
+
+
+def paired(origins: IntegerOrigins) -> set[fx.Node]:
+    """The members that have to stay rounded, since what they are made of cancels with what is rounded outside."""
     found: set[fx.Node] = set()
-    for root, starts in entries.items():
-        if rounded[root]:
-            found |= _cancelling(starts, rounded[root], origins, region)
+    for root in dict.fromkeys(_root(entry.integer or node) for node, entry in origins.entries.items()):
+        forms = _forms(root, origins)
+        if len(set().union(*forms.given.values())) < 2:
+            continue
+        held = _cancelling(forms, origins)
+        for node in reversed(forms.of):
+            if node in held or any(user in held for user in node.users):
+                held.add(node)
+        found |= {n for n in held if n in origins.members and not _is_entry(n, origins)}
     return found
 
 
 def _root(node: fx.Node) -> fx.Node:
     """The integer that ``node`` is a view or a part of."""
-    while FAMILIES.get(node.target) is Family.MOVE and node.all_input_nodes and dtype_rules.is_integral(dtype_of(node)):
+    while _is_view(node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
-def _takers(entry: fx.Node, origins: IntegerOrigins) -> list[fx.Node]:
-    """The activations that are given the rounded ``entry``, as it is or a view of it."""
-    found, pending, seen = [], [entry], {entry}
+def _is_view(node: fx.Node) -> bool:
+    return FAMILIES.get(node.target) is Family.MOVE and dtype_rules.is_integral(dtype_of(node))
+
+
+def _forms(root: fx.Node, origins: IntegerOrigins) -> _Forms:
+    forms = _Forms({root: None})
+    pending = [root]
     for node in pending:
         for user in node.users:
-            member = origins.members.get(user)
-            if member is None and user not in origins.sinks and user.target not in METADATA and user.op == "call_function":
-                found.append(user)
-            elif member is not None and member.family in (Family.CAST, Family.MOVE) and user not in seen:
-                seen.add(user)
+            if user.op != "call_function" or user.target in METADATA or user in origins.sinks:
+                continue
+            if user not in origins.members and not _is_view(user):
+                if not dtype_rules.is_integral(dtype_of(node)):
+                    forms.given.setdefault(user, set()).add((forms.of[node], _is_low(node)))
+                elif dtype_rules.is_low_precision(dtype_of(user)):
+                    forms.given.setdefault(user, set()).add((None, True))  # promoted there
+            elif user not in forms.of and _is_linear(user):
+                forms.of[user] = _form(user, node, forms)
                 pending.append(user)
-    return found
+    return forms
+
+
+def _form(user: fx.Node, node: fx.Node, forms: _Forms) -> fx.Node | None:
+    if FAMILIES.get(user.target) not in (Family.CAST, Family.MOVE):
+        return user
+    widens = dtype_of(user) is torch.float32 and dtype_of(node) is not torch.float32
+    return user if widens and forms.of[node] is None else forms.of[node]
+
+
+def _is_low(node: fx.Node) -> bool:
+    return dtype_rules.is_low_precision(dtype_of(node))
 
 
 def _is_linear(node: fx.Node) -> bool:
@@ -62,41 +93,32 @@ def _is_linear(node: fx.Node) -> bool:
     return family in (Family.CAST, Family.MOVE, Family.SELECT) or (family is Family.COMPUTE and op_name(node) in _LINEAR)
 
 
-def _reached(starts: Iterable[fx.Node], origins: IntegerOrigins) -> set[fx.Node]:
-    """Activations that are linear in what the roundings were given to."""
-    pending = [n for n in starts if _is_linear(n)]
-    reached = set(pending)
-    for node in pending:
-        for user in node.users if len(reached) < _FAR else ():
-            if user not in reached and user not in origins.members and _is_linear(user):
-                reached.add(user)
-                pending.append(user)
-    return reached
+def _cancelling(forms: _Forms, origins: IntegerOrigins) -> set[fx.Node]:
+    """The forms that come together in one sum with another form, where one of the two is rounded.
 
-
-def _cancelling(starts: list[fx.Node], takers: list[fx.Node], origins: IntegerOrigins, region: Collection[fx.Node]) -> set[fx.Node]:
-    """What is linear in the entries and in one sum with what is given to ``takers``, and all that leads there.
-
-    Where the entry itself becomes low precision nothing has to stay: it is rounded for one and not for the other.
+    A form that two activations are given is the same for both, and two that are in float32 are both unrounded.
     """
-    reached, sums = _reached(takers, origins), {t for t in takers if op_name(t) in _SUMS}
-    pending, seen, last = list(starts), set(starts), set()
-    for node in pending:
-        for user in node.users:
-            if user in region:
-                if user not in seen and _is_linear(user):
-                    seen.add(user)
-                    pending.append(user)
-            elif user not in origins.members and user not in takers:
-                joins = op_name(user) in _SUMS and any(v in reached for v in user.all_input_nodes)
-                if joins or not sums.isdisjoint(_reached([user], origins)):
-                    last.add(node)
+    carried: dict[fx.Node, set[tuple[fx.Node | None, bool]]] = {a: set(g) for a, g in forms.given.items() if _is_linear(a)}
     found: set[fx.Node] = set()
-    for node in reversed(pending):
-        if node in last or any(u in found for u in node.users):
-            found.add(node)
-    return {n for n in found if not _is_entry(n, origins)}
+    pending = list(carried)
+    for node in pending:
+        if op_name(node) in _SUMS:
+            found |= _apart(carried[node])
+        for user in node.users:
+            if user in origins.members or not _is_linear(user) or carried[node] <= carried.get(user, set()):
+                continue
+            if user not in carried and len(carried) >= _FAR:
+                continue
+            carried.setdefault(user, set()).update(carried[node])
+            pending.append(user)
+    return found
+
+
+def _apart(met: set[tuple[fx.Node | None, bool]]) -> set[fx.Node]:
+    if len({form for form, _ in met}) < 2 or not any(low for _, low in met):
+        return set()
+    return {form for form, _ in met if form is not None}
 
 
 def _is_entry(node: fx.Node, origins: IntegerOrigins) -> bool:
-    return origins.members[node].family in (Family.CAST, Family.FACTORY) and dtype_rules.is_low_precision(dtype_of(node))
+    return origins.members[node].family in (Family.CAST, Family.FACTORY) and _is_low(node)
