@@ -21,16 +21,20 @@ _MATHS = frozenset({"sqrt", "exp", "log", "sin", "cos", "tan", "tanh", "floor", 
 @functools.lru_cache(maxsize=512)
 def written_out(code: str, location: Location) -> str:
     """The statement at ``location`` without its ``code``; ``""`` where there is no form that is sure to mean the same."""
-    source = "".join(linecache.getlines(location.file)) if location.file else ""
     writer = _WRITERS.get(code)
-    if writer is None or not source:
+    if writer is None or not location.file:
         return ""
-    try:
-        statement, after = _statement(ast.parse(source), location.line)
+    try:  # a name of a file may hold anything
+        statement, after = _statement(_parsed("".join(linecache.getlines(location.file))), location.line)
         text = "" if statement is None else writer(statement, after)
     except (SyntaxError, ValueError, RecursionError):
         return ""
     return text if text.count("\n") < _LONGEST and (statement is None or text != ast.unparse(statement)) else ""
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(source: str) -> ast.AST:
+    return ast.parse(source)
 
 
 def _statement(tree: ast.AST, line: int) -> tuple[ast.stmt | None, ast.stmt | None]:
