@@ -47,4 +47,8 @@ def test_one_capture_serves_every_step_of_a_static_cache(name: str) -> None:
 @pytest.mark.parametrize("name", ["gemma2_static", "mistral_static"])
 def test_a_sliding_window_counts_in_python_and_each_count_is_a_capture(name: str) -> None:
     """The cache keeps its own length as a Python int, which decides what its code does: a stale graph is never used."""
-    assert len(decode(name, 3).captures) == 3
+    prepared = decode(name, 3)
+    assert len(prepared.captures) == 3
+    told = [f for call in prepared.captures.values() for f in call.report.findings if f.code == "NX406"]
+    assert told and all("cumulative_length" in f.message and "past_key_values" in f.message for f in told)
+    assert all("cumulative_length" in f.location.source for f in told), "the line of the cache that counts"

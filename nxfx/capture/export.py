@@ -18,8 +18,8 @@ from nxfx.capture.counting import captured
 from nxfx.capture.merging.merge import MAX_TRACES
 from nxfx.capture.path import Tracer, autocast_state
 from nxfx.capture.shell import Convention, bind, parameter_names
-from nxfx.capture.state import Change, Place, writing_line
-from nxfx.capture.structure import Flat, Path, flatten, leaf_names
+from nxfx.capture.state import Change, Place, line_that_writes, writing_line
+from nxfx.capture.structure import Flat, Path, at, flatten, leaf_names, static_values
 from nxfx.capture.unlift import inputs_to_buffers
 from nxfx.errors import CaptureError, UsageError
 from nxfx.graph import meta
@@ -128,7 +128,12 @@ def capture(
         path.mutated_inputs,
         tuple(flat.leaves),
         [*session.rewrites, *(_rebinding(model, change) for change in convention.rebound)],
-        session.findings + path.findings + _state_findings(model, convention, counted.stays),
+        [
+            *session.findings,
+            *path.findings,
+            *_state_findings(model, convention, counted.stays),
+            *_argument_findings((args, kwargs), positional, convention),
+        ],
         path.timings,
         path.captured_by,
         state_inputs=inputs_to_buffers(path.graph_module, path.sources, state_example, path.mutated_buffers, path.mutated_inputs),
@@ -220,6 +225,28 @@ def _state_example(state_inputs: Sequence[str], flat: Flat, names: list[str]) ->
 def _rebinding(model: torch.nn.Module, change: Change) -> Rewrite:
     before, after = f"self.{change.path} = a new tensor", "the buffer that stands for it is written"
     return Rewrite("capture", "state.rebound-buffer", Kind.EXACT, writing_line(model, change), before, after)
+
+
+def _argument_findings(arguments: Any, positional: list[str], convention: Convention) -> list[Finding]:
+    """Numbers that an argument's own Python state counts, such as the length that a cache has seen."""
+    if convention.arguments_after is None:
+        return []
+    after = dict(static_values(convention.arguments_after.spec))
+    findings = []
+    for path, was in static_values(convention.input_spec):
+        now = after.get(path)
+        if type(was) not in (int, float) or type(now) is not type(was) or now == was:
+            continue
+        where, key, *rest = path
+        first = positional[key] if where == 0 and key < len(positional) else key
+        message = (
+            f"forward changes {'.'.join(map(str, (first, *rest)))!r} of an argument from {was!r} to {now!r}: the value at capture is baked "
+            "into the graph; prepared calls capture again when it differs, a compiled graph cannot"
+        )
+        fix = "keep it as a 0-d tensor, as a static cache does, or pass it as one"
+        location = line_that_writes(type(at(arguments, path[:-1])), str(path[-1]))
+        findings.append(Finding("NX406", Severity.WARNING, message, location, "", fix))
+    return findings
 
 
 def _state_findings(model: torch.nn.Module, convention: Convention, stays: dict[Place, str]) -> list[Finding]:

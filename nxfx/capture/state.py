@@ -328,22 +328,36 @@ def counted(changes: Iterable[Change]) -> dict[Place, Change]:
     return {(c.holder.path, c.key): c for c in changes if not c.removed and type(c.before) is int and type(c.after) is int}
 
 
+_NOT_THE_USERS = ("builtins", "torch.nn.modules.module")
+
+
 def writing_line(model: torch.nn.Module, change: Change) -> Location:
     """The source line in ``forward`` (or another method of the class) that writes the attribute."""
-    module_name = change.holder.path[0]
+    module_name = str(change.holder.path[0])
     attribute = str(change.holder.path[1] if len(change.holder.path) > 1 else change.key)
     try:
-        module = model.get_submodule(module_name)
-        lines, first = inspect.getsourcelines(type(module))
-        file = inspect.getsourcefile(type(module)) or ""
-    except (AttributeError, TypeError, OSError):
-        return Location(module=str(module_name))
+        return line_that_writes(type(model.get_submodule(module_name)), attribute, module_name)
+    except AttributeError:
+        return Location(module=module_name)
+
+
+def line_that_writes(cls: type, attribute: str, module: str = "") -> Location:
+    """The line of ``cls``, or of a class that it is made from, that assigns ``self.<attribute>`` outside ``__init__``; else the class."""
     assignment = re.compile(rf"\bself\.{re.escape(attribute)}\b.*?([-+*/|&]?=(?!=)|\.(append|extend|pop|insert|update|clear)\()")
-    in_method = ""
-    for offset, text in enumerate(lines):
-        method = re.match(r"\s*def (\w+)", text)
-        if method:
-            in_method = method.group(1)
-        if in_method != "__init__" and assignment.search(text):
-            return Location(file, first + offset, text.strip(), str(module_name), in_method)
-    return Location(file, first, lines[0].strip(), str(module_name))
+    declared = Location(module=module)
+    for base in (c for c in cls.__mro__ if c.__module__ not in _NOT_THE_USERS):
+        try:
+            lines, first = inspect.getsourcelines(base)
+            file = inspect.getsourcefile(base) or ""
+        except (TypeError, OSError):
+            continue
+        if not declared.file:
+            declared = Location(file, first, lines[0].strip(), module)
+        in_method = ""
+        for offset, text in enumerate(lines):
+            method = re.match(r"\s*def (\w+)", text)
+            if method:
+                in_method = method.group(1)
+            if in_method != "__init__" and assignment.search(text):
+                return Location(file, first + offset, text.strip(), module, in_method)
+    return declared
