@@ -95,11 +95,10 @@ class _Growth:
                     pending.append(value)
 
     def leave(self, rounded: set[fx.Node]) -> None:
-        """Leave ``rounded`` as they are, and what only widens them again."""
+        """Leave ``rounded`` as they are, and what only moves or widens them."""
         self.left = set(rounded)
         for node, member in self.members.items():
-            widens = node in self.nodes and member.family is Family.CAST and dtype_of(node) is torch.float32
-            if widens and any(v in rounded for v in member.values):
+            if member.family in (Family.CAST, Family.MOVE) and any(v in self.left for v in member.values):
                 self.left.add(node)
         self.nodes -= self.left
 
