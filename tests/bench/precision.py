@@ -1,7 +1,7 @@
 """What rounding costs integers in real spellings, before and after nxfx, and under each emulated auto-cast.
 
     python tests/bench/precision.py                  every section but XLA's (half an hour)
-    python tests/bench/precision.py --only tables    one section: tables, models, counts, masks, time, or xla (torch 2.9 and torch-xla)
+    python tests/bench/precision.py --only tables    one section: tables, models, counts, time, or xla (torch 2.9 and torch-xla)
     python tests/bench/precision.py --write          write what was made into docs/precision.md too; other sections of it stay
 
 It fails where prepared is worse than the original: `assert`s hold the claims that the page makes.
