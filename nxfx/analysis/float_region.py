@@ -95,10 +95,10 @@ class _Growth:
                     pending.append(value)
 
     def leave(self, rounded: set[fx.Node]) -> None:
-        """Leave ``rounded`` as they are, and what only moves or widens them."""
+        """Leave ``rounded`` and what is made of them as they are: the model's later roundings can make up for the first."""
         self.left = set(rounded)
         for node, member in self.members.items():
-            if member.family in (Family.CAST, Family.MOVE) and any(v in self.left for v in member.values):
+            if any(v in self.left for v in member.values):
                 self.left.add(node)
         self.nodes -= self.left
 
