@@ -128,6 +128,37 @@ def test_a_cache_passed_as_argument_becomes_state_and_is_left_out_of_calls() -> 
     assert loaded(x, torch.tensor(3)).shape == (2, 16)
 
 
+class _Window:
+    """A cache that keeps its length as a Python integer."""
+
+    def __init__(self) -> None:
+        self.keys, self.seen = torch.zeros(4, 8), 0
+
+    def push(self, x: torch.Tensor) -> torch.Tensor:
+        self.keys[self.seen % 4] = x
+        self.seen += 1
+        return self.keys.sum(0) * self.seen
+
+
+class _Sliding(torch.nn.Module):
+    def forward(self, x: torch.Tensor, cache: _Window) -> torch.Tensor:
+        return cache.push(x)
+
+
+@torch.no_grad()
+def test_a_cache_that_counts_in_python_is_told_and_does_not_become_state() -> None:
+    """With the cache left out of calls nobody would see that its count is another one than at capture."""
+    prepared = nxfx.prepare(_Sliding(), (torch.randn(8), _Window()))
+    (finding,) = [f for f in prepared.report.findings if f.code == "NX406"]
+    assert "cache.seen" in finding.message and finding.location.source == "self.seen += 1"
+    eager, own, theirs = _Sliding(), _Window(), _Window()
+    for _ in range(6):
+        x = torch.randn(8)
+        assert torch.equal(eager(x, theirs), prepared(x, own)) and own.seen == theirs.seen
+    with pytest.raises(nxfx.PrepareError, match=r"(?s)counts in Python.*cache\.seen.*self\.seen \+= 1"):
+        nxfx.trace(_Sliding(), (torch.randn(8), _Window()), target="trn1", state_inputs=["cache"])
+
+
 def _saved(traced: Any) -> io.BytesIO:
     buffer = io.BytesIO()
     torch.jit.save(traced, buffer)

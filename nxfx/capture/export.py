@@ -19,7 +19,7 @@ from nxfx.capture.merging.merge import MAX_TRACES
 from nxfx.capture.path import Tracer, autocast_state
 from nxfx.capture.shell import Convention, bind, parameter_names
 from nxfx.capture.state import Change, Place, line_that_writes, writing_line
-from nxfx.capture.structure import Flat, Path, at, flatten, leaf_names, static_values
+from nxfx.capture.structure import Flat, Path, at, flatten, leaf_names
 from nxfx.capture.unlift import inputs_to_buffers
 from nxfx.errors import CaptureError, UsageError
 from nxfx.graph import meta
@@ -229,14 +229,8 @@ def _rebinding(model: torch.nn.Module, change: Change) -> Rewrite:
 
 def _argument_findings(arguments: Any, positional: list[str], convention: Convention) -> list[Finding]:
     """Numbers that an argument's own Python state counts, such as the length that a cache has seen."""
-    if convention.arguments_after is None:
-        return []
-    after = dict(static_values(convention.arguments_after.spec))
     findings = []
-    for path, was in static_values(convention.input_spec):
-        now = after.get(path)
-        if type(was) not in (int, float) or type(now) is not type(was) or now == was:
-            continue
+    for path, was, now in convention.counted_arguments():
         where, key, *rest = path
         first = positional[key] if where == 0 and key < len(positional) else key
         message = (

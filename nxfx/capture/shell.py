@@ -20,7 +20,7 @@ import torch
 from nxfx.capture.counters import Count
 from nxfx.capture.rebinding import rebound, views
 from nxfx.capture.state import Change, CounterSlot, Holder, ModuleState, Place, Slot, writing_line
-from nxfx.capture.structure import Path, flatten, unflatten
+from nxfx.capture.structure import Path, flatten, static_values, unflatten
 from nxfx.errors import CaptureError
 from nxfx.report import Finding, Report, Severity
 
@@ -97,6 +97,14 @@ class Convention:
     state_changes: list[Change] = field(default_factory=list)
     rebound: list[Change] = field(default_factory=list)
     views: list[str] = field(default_factory=list)
+
+    def counted_arguments(self) -> Iterator[tuple[Path, Any, Any]]:
+        """Numbers that the call changes in the Python state of its arguments: where, before, after."""
+        after = dict(static_values(self.arguments_after.spec)) if self.arguments_after is not None else {}
+        for path, was in static_values(self.input_spec) if after else ():
+            now = after.get(path)
+            if type(was) in (int, float) and type(now) is type(was) and now != was:
+                yield path, was, now
 
 
 class Shell(torch.nn.Module):

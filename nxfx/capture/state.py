@@ -343,7 +343,9 @@ def writing_line(model: torch.nn.Module, change: Change) -> Location:
 
 def line_that_writes(cls: type, attribute: str, module: str = "") -> Location:
     """The line of ``cls``, or of a class that it is made from, that assigns ``self.<attribute>`` outside ``__init__``; else the class."""
-    assignment = re.compile(rf"\bself\.{re.escape(attribute)}\b.*?([-+*/|&]?=(?!=)|\.(append|extend|pop|insert|update|clear)\()")
+    name = rf"\bself\.{re.escape(attribute)}\b"
+    target = rf"^[^(=]*{name}(\[.*?\]|\.\w+)*\s*(,[^=(]*|:[^=]*)?(//|\*\*|<<|>>|[-+*/%|&^@])?=(?!=)"
+    assignment = re.compile(rf"{target}|{name}.*?\.(append|extend|pop|insert|update|clear)\(")
     declared = Location(module=module)
     for base in (c for c in cls.__mro__ if c.__module__ not in _NOT_THE_USERS):
         try:

@@ -34,6 +34,10 @@ def refuse_python_state(call: CapturedCall) -> None:
         where = f"\n  {written[0].location}: {written[0].location.source}\n  Write instead: {written[0].fix}" if written else ""
         path = call.convention.state_writes[0].path
         raise PrepareError(f"forward changes the Python attribute {path!r}, which a compiled graph cannot{where}", call.report)
+    if call.state_inputs and any(call.convention.counted_arguments()):  # calls leave the argument out: nobody would see it differ
+        told = next(f for f in call.report.findings if f.code == "NX406")
+        where = f"\n  {told.location}: {told.location.source}\n  Write instead: {told.fix}"
+        raise PrepareError(f"an argument that becomes state counts in Python: {told.message}{where}", call.report)
     if after is not None and any(kind == "state" for kind, _ in after.leaves):
         message = "forward leaves a buffer of the model in one of its arguments: a compiled graph keeps it on the device"
         raise PrepareError(message, call.report)
