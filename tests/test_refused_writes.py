@@ -157,3 +157,18 @@ def test_each_kind_of_write_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
     model.run = run
     capture(model, inputs())
     assert len(tried) <= 2
+
+
+class _Where(torch.nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = x.clone()
+        y[torch.where(mask)] = -1.0
+        return y
+
+
+@pytest.mark.parametrize("mask", [(torch.arange(24).view(6, 4) % 3 > 0).t(), (torch.arange(4) > 1)[:, None].expand(4, 6)])
+def test_a_mask_of_any_strides_is_checked_like_a_dense_one(mask: Tensor) -> None:
+    x = torch.randn(6, 4).t()
+    prepared = nxfx.prepare(_Where(), (x, mask))
+    for given in (mask, ~mask, torch.zeros_like(mask)):
+        assert torch.equal(_Where()(x, given), prepared(x, given))

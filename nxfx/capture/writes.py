@@ -180,7 +180,7 @@ class _StandIns:
         message = None
         for count in self._counts():
             for mask in self._masks:
-                mask.zero_().view(-1)[:count] = True
+                mask.copy_((torch.arange(mask.numel()) < count).view(mask.shape))  # whatever its strides
             try:
                 with torch.no_grad():
                     self._node.target(*self._args, **self._kwargs)  # type: ignore[operator]
@@ -215,6 +215,7 @@ class _StandIns:
         if first or not (real.dtype is torch.bool or not real.dtype.is_floating_point and not real.dtype.is_complex):
             return real
         if real.dtype is torch.bool and self._is_indexing and "index_put" in str(self._node.target):
+            real = torch.empty(real.shape, dtype=torch.bool) if 0 in real.stride() else real  # an expanded one cannot be filled
             self._masks.append(real)
             return real
         return real.fill_(0 if self._is_indexing else 1)
