@@ -66,7 +66,7 @@ class LiftIntCasts(Pass):
 
     Low-precision *tables* (a rounded ``inv_freq``) cannot be restored here: NX102 gives the error, and
     ``prepare(recompute_tables=True)`` computes again those whose module can. Who takes a rounded value in float32
-    (``angles.float()``) is given it unrounded. Where positions meet an activation before a
+    (``angles.float()``, a float32 activation that promotes it) is given it unrounded. Where positions meet an activation before a
     sine it is NX103. An integer that meets
     an activation at once (``hidden * attention_mask``) stays as it is, NX101: lifting would cast the activation up
     and down to gain half a unit in the last place at most, and nothing for a 0/1 mask. Roundings of one integer that

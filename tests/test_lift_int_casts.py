@@ -352,7 +352,7 @@ def test_what_is_lifted_behind_a_value_that_gains_nothing_is_recorded() -> None:
     assert found.result.changed and found.result.rewrites
 
 
-@pytest.mark.parametrize("seed", [25, 40005, 50299])
+@pytest.mark.parametrize("seed", [25, 40005, 50299, 60402, 60687, 70703, 71119])
 def test_beside_a_rounding_that_stays(seed: int) -> None:
     """Found by fuzzing: what is made of a value that stays rounded was lifted, once again on a second run, or lost eager's luck."""
     check(seed, *_drawn(seed))

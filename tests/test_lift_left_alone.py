@@ -150,6 +150,8 @@ def test_roundings_that_cancel_stay_and_what_does_not_is_lifted() -> None:
         lambda h, p: ((h.float() - (low := p.to(BF16)).float()) * 2 + low * 2, low.float() * 0.3 * h.float()),
         lambda h, p: ((h.float() - (low := p.to(BF16)).float()) + low, low.float().sin()),
         lambda h, p: (h - (low := p.to(BF16))).float() + low.float(),
+        lambda h, p: (h.float() - (low := p.to(BF16))) + (h + low).float(),
+        lambda h, p: (h.float() - (scaled := p.to(BF16) * 0.3)) + (h + scaled).float(),
     ],
 )  # fmt: skip
 def test_a_rounding_that_cancels_in_float32_stays_too(model: Any) -> None:
@@ -208,6 +210,23 @@ def test_who_takes_float32_is_given_it_unrounded() -> None:
     product, parts, wide = found.after(*args)
     assert torch.equal(wide, POSITIONS[0].float() * 0.3) and torch.equal(product, HIDDEN[0, 0, :, 0].float() * wide)
     assert torch.equal(parts[16:32], wide.to(BF16).float()) and torch.equal(parts[32:], wide)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda h, p: h.float() * p.to(BF16),
+        lambda h, p: h.float() + (p.to(BF16) * 0.3),
+        lambda h, p: torch.where(p > 30003, p.to(BF16), h.float()),
+        lambda h, p: torch.cat([h.float(), p.to(BF16) * 0.3]),
+    ],
+)
+def test_an_activation_in_float32_is_given_positions_unrounded(model: Any) -> None:
+    """It promotes what it meets, so that costs no cast."""
+    args = (HIDDEN[0, 0, :, 0].clone(), POSITIONS[0])
+    found = lifted(model, args, ranges={"p": (0, 131071)})
+    before, after = errors(found, args)
+    assert after < before / 50 and found.added <= 0 and not found.codes
 
 
 def test_outputs_buffers_and_aliases_keep_their_dtype() -> None:

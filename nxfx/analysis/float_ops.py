@@ -85,6 +85,7 @@ _AMONG: dict[Any, tuple[int, ...]] = {
     **dict.fromkeys(overloads("diff"), (0, 3, 4)),
 }
 _COMPARISONS = frozenset(overloads("eq", "ne", "lt", "le", "gt", "ge"))
+_PROMOTED = frozenset(overloads("cat", "stack"))  # beside what is pointwise
 # Places among others, which must have the same dtype.
 SEARCHES = frozenset(overloads("bucketize", "searchsorted"))
 _EXTREMA = [*overloads("minimum", "maximum", "clamp", "clamp_min", "clamp_max"), aten.max.other, aten.min.other]
@@ -144,6 +145,13 @@ def _flat(arguments: Any) -> Iterator[Any]:
             yield from _flat(argument)
         elif argument is not None:
             yield argument
+
+
+def promotes(user: fx.Node) -> bool:
+    """Whether ``user`` itself converts a low-precision operand to float32, since another one is wider."""
+    if dtype_of(user) is not torch.float32:
+        return False
+    return user.target in _PROMOTED or (isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags)
 
 
 def fill_of(node: fx.Node) -> Any:

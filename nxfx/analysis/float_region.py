@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from nxfx.analysis.float_ops import METADATA, Family, dtype_of
+from nxfx.analysis.float_ops import METADATA, Family, dtype_of, promotes
 from nxfx.analysis.integer_origin import IntegerOrigins
 from nxfx.analysis.paired_roundings import paired
 
@@ -21,10 +21,12 @@ class Region:
     Attributes:
         nodes: the members, in topological order.
         causes: the sensitive ops that are the reason where no rounded integer is.
+        bound: members that who promotes them to float32 has to be given rounded.
     """
 
     nodes: dict[fx.Node, None] = field(default_factory=dict)
     causes: list[fx.Node] = field(default_factory=list)
+    bound: set[fx.Node] = field(default_factory=set)
 
 
 def grow(origins: IntegerOrigins) -> Region:
@@ -47,9 +49,10 @@ def grow(origins: IntegerOrigins) -> Region:
             growth.forwards(node)
         if len(growth.nodes) > before:
             causes.append(node)
-    growth.leave(paired(origins))
+    held, growth.bound = paired(origins)
+    growth.leave(held)
     kept = growth.trimmed()
-    return Region({n: None for n in origins.members if n in kept}, causes)
+    return Region({n: None for n in origins.members if n in kept}, causes, growth.bound)
 
 
 class _Growth:
@@ -58,6 +61,7 @@ class _Growth:
         self.members = origins.members
         self.nodes: set[fx.Node] = set()
         self.left: set[fx.Node] = set()
+        self.bound: set[fx.Node] = set()
         self._forwards: set[fx.Node] = set()
         self._backwards: set[fx.Node] = set()
 
@@ -109,7 +113,7 @@ class _Growth:
             member = self.members[node]
             if node in self.nodes:
                 gains = member.family in _ARITHMETIC or self._joins(node, refined) or self._gives_float32(node)
-                if gains or any(self._gains(user, kept) for user in node.users):
+                if gains or any(self._gains(user, node, kept) for user in node.users):
                     kept.add(node)
             elif self._may_join(node):
                 users = [u for u in node.users if u.target not in METADATA]
@@ -120,14 +124,16 @@ class _Growth:
                 kept.update(node.users)
         return kept
 
-    def _gains(self, user: fx.Node, kept: set[fx.Node]) -> bool:
-        """Whether ``user`` makes something of the unrounded value."""
+    def _gains(self, user: fx.Node, node: fx.Node, kept: set[fx.Node]) -> bool:
+        """Whether ``user`` makes something of ``node`` unrounded."""
         if user in self.left:
             return False
         if user in kept or user in self.origins.sinks:
             return True
         member = self.members.get(user)
-        return member is not None and member.low is None and member.family is not Family.FACTORY
+        if member is None:
+            return promotes(user) and self.members[node].low is not None and node not in self.bound
+        return member.low is None and member.family is not Family.FACTORY
 
     def _refined(self) -> set[fx.Node]:
         """Members of the region whose value changes, not only its dtype."""

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.float_ops import FAMILIES, METADATA, Family, dtype_of, op_name
+from nxfx.analysis.float_ops import FAMILIES, METADATA, Family, dtype_of, op_name, promotes
 from nxfx.analysis.integer_origin import IntegerOrigins
 
 _SUMS = frozenset(["add", "sub", "rsub"])
@@ -26,26 +26,33 @@ class _Forms:
 
     Attributes:
         of: member → the member whose value it is: the last that computes or widens. None is the integer as its entry rounds it.
-        given: activation → the forms it is given, and whether in low precision.
+        given: activation → the forms it is given, and whether it takes them in low precision.
     """
 
     of: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
     given: dict[fx.Node, set[tuple[fx.Node | None, bool]]] = field(default_factory=dict)
 
 
-def paired(origins: IntegerOrigins) -> set[fx.Node]:
-    """The members that have to stay rounded, since what they are made of cancels with what is rounded outside."""
+def paired(origins: IntegerOrigins) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What has to stay rounded, since it cancels with what is rounded outside: members, and integers as their entries round them.
+
+    The second are members too, which others are made of unrounded: only who promotes them is given them rounded.
+    """
     found: set[fx.Node] = set()
+    bound: set[fx.Node] = set()
     for root in dict.fromkeys(_root(entry.integer or node) for node, entry in origins.entries.items()):
         forms = _forms(root, origins)
         if len(set().union(*forms.given.values())) < 2:
             continue
-        held = _cancelling(forms, origins)
+        apart = _cancelling(forms, origins)
+        if None in apart:
+            bound |= {node for node, form in forms.of.items() if form is None}
+        held = {form for form in apart if form is not None}
         for node in reversed(forms.of):
             if node in held or any(user in held for user in node.users):
                 held.add(node)
         found |= {n for n in held if n in origins.members and not _is_entry(n, origins)}
-    return found
+    return found, bound
 
 
 def _root(node: fx.Node) -> fx.Node:
@@ -68,7 +75,7 @@ def _forms(root: fx.Node, origins: IntegerOrigins) -> _Forms:
                 continue
             if user not in origins.members and not _is_view(user):
                 if not dtype_rules.is_integral(dtype_of(node)):
-                    forms.given.setdefault(user, set()).add((forms.of[node], _is_low(node)))
+                    forms.given.setdefault(user, set()).add((forms.of[node], _is_low(node) and not promotes(user)))
                 elif dtype_rules.is_low_precision(dtype_of(user)):
                     forms.given.setdefault(user, set()).add((None, True))  # promoted there
             elif user not in forms.of and _is_linear(user):
@@ -93,13 +100,13 @@ def _is_linear(node: fx.Node) -> bool:
     return family in (Family.CAST, Family.MOVE, Family.SELECT) or (family is Family.COMPUTE and op_name(node) in _LINEAR)
 
 
-def _cancelling(forms: _Forms, origins: IntegerOrigins) -> set[fx.Node]:
-    """The forms that come together in one sum with another form, where one of the two is rounded.
+def _cancelling(forms: _Forms, origins: IntegerOrigins) -> set[fx.Node | None]:
+    """The forms that come together in one sum with another, or with themselves, where one of the two is rounded and the other may not be.
 
-    A form that two activations are given is the same for both, and two that are in float32 are both unrounded.
+    A form that two activations take rounded is the same for both, and two that they take in float32 are both unrounded.
     """
     carried: dict[fx.Node, set[tuple[fx.Node | None, bool]]] = {a: set(g) for a, g in forms.given.items() if _is_linear(a)}
-    found: set[fx.Node] = set()
+    found: set[fx.Node | None] = set()
     pending = list(carried)
     for node in pending:
         if op_name(node) in _SUMS:
@@ -114,10 +121,8 @@ def _cancelling(forms: _Forms, origins: IntegerOrigins) -> set[fx.Node]:
     return found
 
 
-def _apart(met: set[tuple[fx.Node | None, bool]]) -> set[fx.Node]:
-    if len({form for form, _ in met}) < 2 or not any(low for _, low in met):
-        return set()
-    return {form for form, _ in met if form is not None}
+def _apart(met: set[tuple[fx.Node | None, bool]]) -> set[fx.Node | None]:
+    return {form for form, _ in met} if len(met) > 1 and any(low for _, low in met) else set()
 
 
 def _is_entry(node: fx.Node, origins: IntegerOrigins) -> bool:

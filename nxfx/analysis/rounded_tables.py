@@ -115,8 +115,8 @@ class _Error:
         if name in ("add", "sub", "rsub"):
             return sum(magnitudes), sum(errors)
         if name in ("mul", "outer") or member.family is Family.OUTER:
-            (a, da), (b, db) = parts
-            return _times(a, b), _times(a, db) + _times(b, da)
+            (a, da), (b, db), *added = parts  # to a product a bias
+            return _times(a, b) + sum(m for m, _ in added), _times(a, db) + _times(b, da) + sum(e for _, e in added)
         if name == "div" and isinstance(member.values[1], (int, float)) and member.values[1]:
             return magnitudes[0] / magnitudes[1], errors[0] / magnitudes[1]
         return _UNKNOWN

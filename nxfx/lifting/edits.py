@@ -9,7 +9,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from nxfx.analysis import dtype_rules, ranges
-from nxfx.analysis.float_ops import FAMILIES, METADATA, SEARCHES, Family, dtype_of
+from nxfx.analysis.float_ops import FAMILIES, METADATA, SEARCHES, Family, dtype_of, promotes
 from nxfx.analysis.float_region import Region
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
 from nxfx.graph import meta
@@ -33,6 +33,7 @@ class Lift:
     def __init__(self, build: NodeBuilder, origins: IntegerOrigins, region: Region) -> None:
         self.build = build
         self.origins = origins
+        self.bound = region.bound
         self.raised: dict[fx.Node, fx.Node] = {}
         self.left: set[fx.Node] = set()
         self.meetings: dict[fx.Node, None] = {}
@@ -150,7 +151,7 @@ class Lift:
                 user.replace_input_with(node, high)
             elif (user, node) in self._handed:
                 continue
-            elif not self._is_low(node):
+            elif not self._is_low(node) or (node not in self.bound and promotes(user)):
                 self._hand_over(node, high, user)
             else:
                 self.meetings[user] = None
@@ -168,7 +169,7 @@ class Lift:
 
     def _hand_over(self, node: fx.Node, high: fx.Node, user: fx.Node) -> None:
         """Give ``user``, who takes float32, the value unrounded."""
-        if high in self._were_low and high in user.all_input_nodes:  # it takes the rounded one too
+        if high is not node and high in self._were_low and high in user.all_input_nodes:  # it takes the rounded one too
             user.replace_input_with(high, self._restore(high))
         user.replace_input_with(node, high)
         self._handed.add((user, high))
