@@ -239,6 +239,7 @@ def _fill(report: Report, result: PipelineResult, context: PassContext, found: C
     report.add(found.rewrites + result.rewrites, found.findings + result.findings)
     report.premises = list(dict.fromkeys(context.premises))
     report.requirements = dict(context.requirements)
+    report.float32_uses = dict(context.float32_uses)
     report.timings |= {run.name: run.seconds for run in result.runs}
 
 

@@ -54,6 +54,7 @@ class PassContext:
         is_body: the graph is the body of a higher-order op.
         assumed_sizes: dynamic dimensions that proofs take to stay below 2**31, which the boundary must enforce; passes add.
         float32_products: node name → what it would cost to run this matrix product in a smaller type than float32; passes add.
+        float32_uses: node name → an op that magnifies what rounding float32 would do to integers; passes add.
     """
 
     target: Target = field(default_factory=lambda: get_target("trn2"))
@@ -64,6 +65,7 @@ class PassContext:
     is_body: bool = False
     assumed_sizes: set[str] = field(default_factory=set)
     float32_products: dict[str, str] = field(default_factory=dict)
+    float32_uses: dict[str, str] = field(default_factory=dict)
 
     def for_body(self, operands: dict[str, Source]) -> PassContext:
         """The context for the body of a higher-order op, with what is known of its operands."""

@@ -99,6 +99,7 @@ class LiftIntCasts(Pass):
             result.rewrites.append(self._record(node, "lift.comparison", entry, low))
         result.changed = bool(result.rewrites)
         context.float32_products |= findings.float32_products(origins)
+        context.float32_uses |= findings.float32_uses(origins)
         result.findings = [*findings.kept(origins, lift), *findings.early(origins, lift), *findings.tables(origins, context.sources)]
         return result
 

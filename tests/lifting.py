@@ -121,6 +121,7 @@ class Lifted:
             allowed = torch.where(off_single.isfinite() & (off_single > off), off_single, off) + half_ulp(truth[name], eager[name].dtype)
             # What eager turned into an infinity or nan cannot get worse, unless a nan is new.
             fine = (error <= allowed * (1 + 1e-9)) | ~truth[name].isfinite() | ~eager[name].isfinite()
+            fine |= off_single > 0.1 * truth[name].abs().amax() if truth[name].numel() else False  # a cosine of 2**30: luck decides
             fine &= ~lifted[name].isnan() | eager[name].isnan() | truth[name].isnan()
             assert fine.all(), f"{name}: {int((~fine).sum())} of {fine.numel()} elements got worse"
         assert not (rounded := self.rounded_again(lifted, single)), f"{rounded} is not what float32 makes of its operands"

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 import torch
-from lifting import LOW, Lifted, inv_freq, lifted, outputs
+from lifting import FP32, LOW, Lifted, inv_freq, lifted, outputs, recorded
 from torch import Tensor, nn
 
 from nxfx.verification.equivalence import error_against
@@ -94,6 +94,7 @@ def check(seed: int, dtype: torch.dtype, declared: bool) -> tuple[Lifted, bool]:
 
     Two dozen constants are few: eager's roundings of them can cancel at all inputs. So the outputs may also be 1.02 times as far off as
     where the lifted values are computed without any error and rounded once (``Lifted.ideal``), which no rewrite can be better than.
+    Where float32 throughout is as far off as eager (a cosine of 2**30) there is nothing to be judged.
 
     Returns:
         What was lifted, and whether that second measure was needed.
@@ -104,17 +105,18 @@ def check(seed: int, dtype: torch.dtype, declared: bool) -> tuple[Lifted, bool]:
     found = lifted(Program(seed, dtype), inputs(3, dtype), ranges={"positions": (0, 40000)} if declared else None)
     for case in range(4):
         found.check(inputs(case, dtype))
-    runs: list[list[list[Tensor]]] = [[], [], [], []]
+    runs: list[list[list[Tensor]]] = [[], [], [], [], []]
     for cases in (range(32), range(32, 160)):  # of 768 elements the 99.9th percentile is the largest: where it is missed, more are asked
         for case in cases:
             given = inputs(case, dtype)
-            for kept, values in zip(runs, (*found.values(given), found.ideal(given)), strict=True):
+            for kept, values in zip(runs, (*found.values(given), found.ideal(given), recorded(found.before, given, FP32)), strict=True):
                 kept.append(outputs(values))
         lucky, missed = False, []
-        for eager, after, truth, ideal in zip(*(map(torch.cat, zip(*kept, strict=True)) for kept in runs), strict=True):
+        for eager, after, truth, ideal, single in zip(*(map(torch.cat, zip(*kept, strict=True)) for kept in runs), strict=True):
             # Beyond a dtype's largest number infinity is the right answer, also of a value that others are made of.
             finite = eager.isfinite() & truth.to(eager.dtype).isfinite() & ideal.isfinite()
             assert after[finite].isfinite().all(), "an infinity that eager had not"
+            finite &= (single - truth).abs() <= (eager - truth)[finite].abs().mean() + 1e-5 * truth[finite].abs().mean()
             was, is_, best = (error_against(truth[finite], run[finite]) for run in (eager, after, ideal))
             lucky |= not (is_.mean <= 1.02 * was.mean and is_.p999 <= 1.02 * was.p999)
             if not (is_.mean <= 1.02 * max(was.mean, best.mean) and is_.p999 <= 1.02 * max(was.p999, best.p999)):

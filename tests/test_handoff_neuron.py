@@ -444,3 +444,17 @@ def test_importing_nxfx_imports_nothing_of_neuron() -> None:
         "assert not found, found"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize(("wanted", "told"), [("--auto-cast=all", 1), ("--auto-cast all --auto-cast-type fp16", 1), ("--auto-cast=matmult", 0), (None, 0)])
+def test_an_auto_cast_that_rounds_positions_in_float32_is_told(wanted: str | None, told: int) -> None:
+    class Rotary(nn.Module):
+        def forward(self, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            return hidden * (positions[:, None].to(hidden.dtype) * 0.3).cos()
+
+    args = (torch.ones(4, 8, dtype=torch.bfloat16), torch.arange(4))
+    traced = nxfx.trace(Rotary(), args, target="trn1", compiler_args=wanted, cpu_backend=True)
+    findings = [f for f in traced.report.findings if f.code == "NX550"]
+    assert len(findings) == told and not any(flag.startswith("--auto-cast") and "none" in flag for flag in traced.compiler_args)
+    assert all("`cos`" in f.message and "test_handoff_neuron.py:" in f.message for f in findings)
+    assert ("infinite above 65504" in str(findings)) == ("fp16" in str(wanted))

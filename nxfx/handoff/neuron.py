@@ -80,7 +80,7 @@ def trace(
                 call.report,
             )
         aliases, conflicts = merged_aliases(call, arguments, input_output_aliases)
-        flags, overridden = merge_flags(call.report.compiler_args, compiler_args)
+        flags, overridden = merge_flags(call.report.compiler_args, compiler_args, call.report.float32_uses)
         if cpu_backend and not any(flag.split("=")[0] == "--target" for flag in flags):
             flags.append(f"--target={target.name}")
         call.report.add([], conflicts + overridden)

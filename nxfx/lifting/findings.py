@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules, ranges
-from nxfx.analysis.float_ops import FAMILIES, METADATA, PERIODIC, Family, dtype_of, op_name
+from nxfx.analysis.float_ops import FAMILIES, METADATA, PERIODIC, SENSITIVE, Family, dtype_of, op_name
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
 from nxfx.analysis.provenance import Source
 from nxfx.analysis.rounded_tables import rounded_table_errors
@@ -87,7 +87,21 @@ def float32_products(origins: IntegerOrigins) -> dict[str, str]:
         if largest is not None:
             step = 2 ** (largest.bit_length() - 8)
             cost = f"integers up to {largest} would be off by up to {max(step // 2, 1)}"
-        where = locate(node)
-        line = f" at {where.file}:{where.line}" if where.file else ""
-        found[node.name] = f"`{op_name(node)}` ({node.name}{line}) in bf16: {cost}"
+        found[node.name] = f"{_named(node)} in bf16: {cost}"
     return found
+
+
+def float32_uses(origins: IntegerOrigins) -> dict[str, str]:
+    """Ops that magnify what an auto-cast of every float32 value would round of integers, by node name."""
+    found = {}
+    for node in (*origins.members, *origins.sinks):
+        operands = [v for v in node.all_input_nodes if (m := origins.of(v)) is not None and m.integer]
+        if node.target in SENSITIVE and any(dtype_of(v) is torch.float32 for v in operands):
+            found[node.name] = _named(node)
+    return found
+
+
+def _named(node: fx.Node) -> str:
+    where = locate(node)
+    line = f" at {where.file}:{where.line}" if where.file else ""
+    return f"`{op_name(node)}` ({node.name}{line})"

@@ -28,6 +28,7 @@ class Report:
         premises: facts about present buffer values that proofs rest on.
         requirements: input name → inclusive range that the boundary enforces.
         compiler_args: neuronx-cc flag → why this graph needs it.
+        float32_uses: node name → an op that magnifies what `--auto-cast=all` would round of integers, and its line.
         timings: seconds by stage: ``capture``, ``normalise``, each pass, ``total``.
         nodes: graph size ``before`` and ``after``.
         wide_edges: 64-bit edges ``before``, ``after`` and ``forced`` (schema-forced producers followed at once by their cast).
@@ -43,6 +44,7 @@ class Report:
     premises: list[Premise] = field(default_factory=list)
     requirements: dict[str, tuple[int, int]] = field(default_factory=dict)
     compiler_args: dict[str, str] = field(default_factory=dict)
+    float32_uses: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
     nodes: dict[str, int] = field(default_factory=dict)
     wide_edges: dict[str, int] = field(default_factory=dict)
