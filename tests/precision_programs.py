@@ -89,6 +89,11 @@ def inputs(case: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return positions, ids, torch.randn(N, generator=generator).to(dtype)
 
 
+def table(case: int, dtype: torch.dtype) -> Tensor:
+    """A table of frequencies."""
+    return (inv_freq(2 * N) * (0.5 + torch.rand(N, generator=torch.Generator().manual_seed(case)))).to(dtype)
+
+
 def check(seed: int, dtype: torch.dtype, declared: bool) -> tuple[Lifted, bool]:
     """Every rewritten value is no worse, and over 32 inputs the outputs' mean and 99.9th percentile of the error at most 1.02 times eager's.
 
@@ -109,6 +114,7 @@ def check(seed: int, dtype: torch.dtype, declared: bool) -> tuple[Lifted, bool]:
     for cases in (range(32), range(32, 160)):  # of 768 elements the 99.9th percentile is the largest: where it is missed, more are asked
         for case in cases:
             given = inputs(case, dtype)
+            found.before.weights = found.after.weights = [table(case, dtype)]  # of one table every rounding would come back each time
             for kept, values in zip(runs, (*found.values(given), found.ideal(given), recorded(found.before, given, FP32)), strict=True):
                 kept.append(outputs(values))
         lucky, missed = False, []
@@ -121,7 +127,7 @@ def check(seed: int, dtype: torch.dtype, declared: bool) -> tuple[Lifted, bool]:
             lucky |= not (is_.mean <= 1.02 * was.mean and is_.p999 <= 1.02 * was.p999)
             if not (is_.mean <= 1.02 * max(was.mean, best.mean) and is_.p999 <= 1.02 * max(was.p999, best.p999)):
                 missed.append((was, is_, best))
-        if not missed:
+        if not lucky:
             break
     assert not missed, missed
     return found, lucky

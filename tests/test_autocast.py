@@ -156,6 +156,14 @@ def test_all_rounds_operands_numbers_and_results() -> None:
     assert [i.tolist() for i in integers] == [[600, 602, 604, 606], [False, False, True, True]]
 
 
+def test_numbers_that_the_cast_type_has_none_for_are_counted() -> None:
+    for cast_type, overflowed in (("bf16", set()), ("tf32", set()), ("fp16", {"aten::mul.Tensor"}), ("fp8_e4m3", {"aten::mul.Tensor"})):
+        with Emulation("all", cast_type) as emulation:  # type: ignore[arg-type]
+            torch.tensor([70000.0, math.inf, 1.0]) * 1.0
+            torch.tensor([math.inf, math.nan, 1.0]) + 1.0
+        assert set(emulation.overflowed) == overflowed, "an infinity that was one is none"
+
+
 def test_all_keeps_writes_in_place() -> None:
     def model() -> Tensor:
         table = torch.zeros(4)

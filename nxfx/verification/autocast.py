@@ -78,6 +78,7 @@ class Emulation(TorchDispatchMode):
 
     Attributes:
         rounded: op → how many of its float32 operands were rounded so far.
+        overflowed: op → how many of its operands and results held a number that the cast type has none for, and became infinite.
 
     Raises:
         UsageError: no such auto-cast or cast type.
@@ -91,6 +92,7 @@ class Emulation(TorchDispatchMode):
         _one_of("cast_type", cast_type, CastType)
         self.autocast, self.cast_type = autocast, cast_type
         self.rounded: Counter[str] = Counter()
+        self.overflowed: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -113,8 +115,8 @@ class Emulation(TorchDispatchMode):
             written = {i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write}
             result = func(*(a if i in written and not factors else pytree.tree_map(cast, a) for i, a in enumerate(args)), **kwargs)
             for position in written:
-                args[position].copy_(self._result(args[position]))
-            return args[0] if written else pytree.tree_map(self._result, result)
+                args[position].copy_(self._result(func, args[position]))
+            return args[0] if written else pytree.tree_map(functools.partial(self._result, func), result)
         return func(*(self._operand(func, a) if i in factors else a for i, a in enumerate(args)), **kwargs)
 
     def _attention(self, query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **options: Any) -> Any:
@@ -130,10 +132,16 @@ class Emulation(TorchDispatchMode):
         if not _is_float32(value):
             return value
         self.rounded[func.name()] += 1
-        return round_to(value, self.cast_type)
+        return self._round(func, value)
 
-    def _result(self, value: Any) -> Any:
-        return round_to(value, self.cast_type) if _is_float32(value) else value
+    def _result(self, func: Any, value: Any) -> Any:
+        return self._round(func, value) if _is_float32(value) else value
+
+    def _round(self, func: Any, value: torch.Tensor) -> torch.Tensor:
+        rounded = round_to(value, self.cast_type)
+        if bool((rounded.isinf() & value.isfinite()).any()):
+            self.overflowed[func.name()] += 1
+        return rounded
 
     def _body(self, value: Any) -> Any:
         """A body of a higher-order op, run under the same rules."""

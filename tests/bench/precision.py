@@ -16,7 +16,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,85 +25,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.simplefilter("ignore")
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
 
 import corpus
+import precision_tables
 
 import nxfx
-from nxfx.verification.autocast import emulate
-from nxfx.verification.equivalence import error_against
+from nxfx.passes.finite_masks import FiniteMasks
+from nxfx.passes.lift_int_casts import LiftIntCasts
+from nxfx.verification.equivalence import ErrorStats, error_against
 
 BF16 = torch.bfloat16
-LENGTHS = (512, 4096, 32768, 131072)
-CASTS = (("none", "bf16"), ("matmult", "bf16"), ("matmult", "fp16"), ("matmult", "tf32"), ("matmult", "fp8_e4m3"), ("all", "bf16"))
-WIDTH = 64
-
-
-# --- the tables -------------------------------------------------------------------------------------------------------
-
-
-def frequencies(dtype: torch.dtype) -> Tensor:
-    return 1.0 / 10000 ** (torch.arange(0, WIDTH, 2).to(dtype) / WIDTH)
-
-
-class Table(nn.Module):
-    """One spelling of a table of positions, in bf16 (or, for the truth, in float64)."""
-
-    def __init__(self, spelling: Callable[[Tensor, torch.dtype, Tensor], Tensor], dtype: torch.dtype) -> None:
-        super().__init__()
-        self.spelling, self.dtype = spelling, dtype
-        self.register_buffer("inv_freq", (1.0 / 10000 ** (torch.arange(0, WIDTH, 2).double() / WIDTH)).to(torch.float64 if dtype is torch.float64 else torch.float32))
-
-    def forward(self, positions: Tensor) -> Tensor:
-        return self.spelling(positions, self.dtype, self.inv_freq)
-
-
-def _buckets(p: Tensor, d: torch.dtype, f: Tensor) -> Tensor:
-    """T5's: half of them exact, the rest logarithmic."""
-    large = 16 + (torch.log(p.to(d) / 16 + 1e-6) / torch.log(torch.tensor(128.0 / 16, dtype=d)) * 16).to(torch.int64)
-    return torch.where(p < 16, p, large.clamp(max=4000)).to(torch.float32 if d is BF16 else d)
-
-
-SPELLINGS: dict[str, Callable[[Tensor, torch.dtype, Tensor], Tensor]] = {
-    "rotary, product": lambda p, d, f: (p[:, None].to(d) * f).cos(),
-    "rotary, fp32 matmul": lambda p, d, f: (f[:, None] @ p[None, :].to(f.dtype)).t().cos(),
-    "rotary, outer": lambda p, d, f: torch.outer(p.to(d), f.to(d)).cos(),
-    "rotary, einsum": lambda p, d, f: torch.einsum("i,j->ij", p.to(f.dtype), f).cos(),
-    "rotary, complex": lambda p, d, f: torch.view_as_real(torch.polar(torch.ones_like(p[:, None] * f), (p[:, None].to(d) * f).to(f.dtype)))[..., 0],
-    "timestep": lambda p, d, f: (p.to(d)[:, None] * torch.exp(torch.arange(32).to(d) * (-9.210340371976184 / 32))).sin(),
-    "sinusoidal": lambda p, d, f: (p.to(d)[:, None] / torch.pow(10000.0, torch.arange(32).to(d) / 32)).sin(),
-    "ALiBi": lambda p, d, f: p[:, None] * torch.pow(torch.tensor(0.5, dtype=d), torch.arange(1, 9).to(d)),
-    "T5 buckets": _buckets,
-}  # fmt: skip
-
-
-def tables(lengths: tuple[int, ...] = LENGTHS) -> Iterator[tuple[str, int, dict[str, tuple[float, float, float]]]]:
-    """Spelling, length, and for each way of running it mean, largest and 99.9th percentile of the error against float64."""
-    for name, spelling in SPELLINGS.items():
-        model, exact, pure = (Table(spelling, d) for d in (BF16, torch.float64, torch.float32))
-        for length in lengths:
-            positions = torch.randperm(length, generator=torch.Generator().manual_seed(0))[:4096].sort().values
-            prepared = nxfx.prepare(model, (positions,), ranges={"positions": (0, max(lengths))}, recompute_tables=True)
-            truth = exact(positions).double()
-            row: dict[str, tuple[float, float, float]] = {}
-            for autocast, cast_type in CASTS:
-                label = autocast if autocast == "none" else f"{autocast} {cast_type}"
-                for who, module in (("original", model), ("prepared", prepared)):
-                    found = error_against(truth, emulate(module, autocast, cast_type)(positions))
-                    row[f"{who}, {label}"] = (found.mean, found.max, found.p999)
-                was, is_ = row[f"original, {label}"], row[f"prepared, {label}"]
-                if autocast != "all":  # it rounds what nxfx keeps in fp32: nothing helps against it but the flag
-                    assert is_[0] <= 1.02 * was[0] + 1e-12 and is_[2] <= 1.02 * was[2] + 1e-12, (name, length, label, was, is_)
-            single = error_against(truth, pure(positions))
-            row["fp32"] = (single.mean, single.max, single.p999)
-            low = row["prepared, none"]
-            output = prepared(positions).dtype
-            rounding = 0.0 if output is torch.float32 else torch.finfo(output).eps / 2 * float(truth.abs().max())
-            assert low[0] <= 2 * single.mean + rounding + 1e-12, (name, length, low, single)
-            yield name, length, row
 
 
 # --- models at far positions ------------------------------------------------------------------------------------------
@@ -171,17 +107,45 @@ def sharpened(model: Any) -> Any:
 # --- counts --------------------------------------------------------------------------------------------------
 
 
-COUNTED = ("llama", "bert", "t5", "bloom", "mamba", "gpt2", "swin", "whisper")
+class Counted(nxfx.Pass):
+    """Changes nothing: counts the nodes and casts that are alive."""
+
+    name = "counted"
+
+    def run(self, graph_module: fx.GraphModule, context: nxfx.PassContext) -> nxfx.PassResult:
+        if not context.is_body:
+            copied = fx.Graph()
+            copied.output(copied.graph_copy(graph_module.graph, {}))
+            copied.eliminate_dead_code()
+            self.nodes, self.casts = size(copied)
+        return nxfx.PassResult()
 
 
-def counts(names: tuple[str, ...]) -> Iterator[tuple[str, dict[str, int]]]:
-    """Nodes and casts before and after lift-int-casts and finite-masks, of models as transformers writes them."""
+CHANGED = ("lift-int-casts", "finite-masks")
+
+
+def size(graph: fx.Graph) -> tuple[int, int]:
+    """How many nodes, and how many of them are casts."""
+    return len(graph.nodes), len(graph.find_nodes(op="call_function", target=torch.ops.aten._to_copy.default))
+
+
+def counts(names: Iterable[str]) -> Iterator[tuple[str, dict[str, int], list[str]]]:
+    """Nodes and casts before and after lift-int-casts and finite-masks, and the rules that made a change, of models as transformers writes them.
+
+    Fails where there are more and nothing was lifted, or repaired: what is exactly representable costs nothing.
+    """
     for name in names:
         model, kwargs = corpus.BY_NAME[name].build(BF16)
-        graphs = [nxfx.prepare(model, (), corpus.clone(kwargs), pipeline=p).graph_module.graph for p in ("", "lift-int-casts,finite-masks")]
-        casts = [sum(n.target is torch.ops.aten._to_copy.default for n in g.nodes) for g in graphs]
-        nodes = [len(g.nodes) for g in graphs]
-        yield name, {"nodes before": nodes[0], "nodes after": nodes[1], "casts before": casts[0], "casts after": casts[1]}
+        counted = Counted()
+        try:
+            prepared = nxfx.prepare(model, (), corpus.clone(kwargs), pipeline=nxfx.Pipeline([counted, LiftIntCasts(), FiniteMasks()]))
+        except nxfx.CaptureError:  # docs/corpus.md says why
+            continue
+        nodes, casts = size(prepared.graph_module.graph)
+        rules = Counter(r.rule for r in prepared.report.rewrites for _ in range(r.count) if r.pass_name in CHANGED)
+        assert rules or (nodes, casts) == (counted.nodes, counted.casts), name
+        row = {"nodes before": counted.nodes, "nodes after": nodes, "casts before": counted.casts, "casts after": casts}
+        yield name, row, [f"{rule} {count}" for rule, count in rules.items()]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -193,8 +157,8 @@ Made by `python tests/bench/precision.py --write`, which fails where prepared is
 auto-casts are [emulated](autocast.md). Errors are against float64: mean (largest).
 """
 SLOWER = """Before and after lift-int-casts and finite-masks, both graphs compiled alike. The widths are those of the corpus, tiny, on
-sequences of 240: the rotary's share is larger than in any real model. Median processor time of 100 interleaved calls, after over
-before, on a machine that did other work too: one ratio is good to a few hundredths, their geometric mean is the figure.
+sequences of 240: the rotary's share is larger than in any real model. Calls of both take turns for 20 seconds; the figure is the median of
+the ratios of neighbouring calls in processor time, after over before, with the 95 % interval of that median.
 """
 BARE = """
 A bare table of 32,768 positions, and nothing beside it, which no model is. At positions that bf16 holds both graphs compute the same
@@ -212,16 +176,37 @@ def rows(head: str, lines: Iterator[str]) -> Iterator[str]:
 
 
 def tables_section() -> Iterator[str]:
-    labels = ["none" if a == "none" else f"{a} {c}" for a, c in CASTS]
-    columns = [f"{who}, {label}" for label in labels for who in ("original", "prepared")]
+    found = []
 
     def lines() -> Iterator[str]:
-        for name, length, row in tables():
-            cells = (row[c] for c in ("fp32", *columns))
-            yield f"| {name}, {length} | " + " | ".join(f"{mean:.2g} ({largest:.2g})" for mean, largest, _ in cells) + " |"
+        for row in precision_tables.rows():
+            found.append(row)
+            yield f"| {row.spelling}, {row.length} | " + " | ".join(map(shown, (row.single, row.original, row.prepared, row.lifted))) + " |"
 
-    yield from rows(f"| spelling, length | fp32 | {' | '.join(columns)} |", lines())
-    yield "\n`all` rounds the positions themselves, in whatever type the graph has them: only `--auto-cast=none` helps there."
+    yield "Without an auto-cast. The last column is what prepared computes before it is cast back to bf16.\n"
+    yield from rows("| spelling, length | fp32 | original | prepared | before the cast back |", lines())
+    for autocast, text in UNDER.items():
+        kinds = [key for key in precision_tables.UNDER if key[0] == autocast]
+        yield f"\nUnder `--auto-cast={autocast}`, original → prepared. {text}\n"
+        cells = (f"| {row.spelling}, {row.length} | " + " | ".join(_pair(row, key) for key in kinds) + " |" for row in found)
+        yield from rows("| spelling, length | " + " | ".join(cast for _, cast in kinds) + " |", cells)
+
+
+UNDER = {
+    "matmult": "It rounds the factors of float32 matrix products; where a spelling has none nothing changes.",
+    "all": """It rounds the positions themselves, in whatever type the graph has them, and what is rounded to bf16 later is rounded once
+more: beyond that prepared is no worse. † A number became infinite, since fp16 has none above 65504 and fp8_e4m3 none above 240; bf16
+has, so a model that keeps its positions in bf16 is better off there. `nxfx.trace` warns of `all`, with the line: [NX550](codes/NX550.md).""",
+}
+
+
+def shown(error: ErrorStats) -> str:
+    return f"{error.mean:.2g} ({error.max:.2g})"
+
+
+def _pair(row: precision_tables.Row, key: tuple[str, str]) -> str:
+    was, is_ = row.under[key]
+    return f"{shown(was)} → {shown(is_)}" + " †" * (key in row.overflowed)
 
 
 def models_section() -> Iterator[str]:
@@ -236,8 +221,18 @@ def models_section() -> Iterator[str]:
 
 
 def counts_section() -> Iterator[str]:
-    lines = (f"| {name} | " + " | ".join(map(str, row.values())) + " |" for name, row in counts(COUNTED))
-    yield from rows("| model | nodes before | after | casts before | after |", lines)
+    same: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for name, row, rules in counts(corpus.BY_NAME):
+            if rules:
+                yield f"| {name} | " + " | ".join(map(str, row.values())) + f" | {', '.join(rules)} |"
+            else:
+                same.append(name)
+
+    yield "In bf16, as transformers writes them, after lift-int-casts and finite-masks alone.\n"
+    yield from rows("| model | nodes before | after | casts before | after | rewrites |", lines())
+    yield f"\nNot a node and not a cast more or less in the other {len(same)}, masks and their casts included: {', '.join(same)}."
 
 
 def time_section(backend: str) -> Iterator[str]:
@@ -245,14 +240,14 @@ def time_section(backend: str) -> Iterator[str]:
 
     yield SLOWER
     found = model_ratios(FAMILIES, rounding, backend)
-    yield from rows("| family | ratio |", (f"| {name} | {value:.2f} |" for name, value in found))
+    yield from rows("| family | ratio |", (f"| {name} | {value} |" for name, value in found))
     yield BARE
     every = torch.arange(32768)
 
     def lines() -> Iterator[str]:
         for name in ("rotary, product", "rotary, outer", "timestep", "sinusoidal"):
-            same, all_ = (ratio(Table(SPELLINGS[name], BF16), (p,), {}, backend) for p in (every.to(BF16).long(), every))
-            yield f"| {name} | {same:.2f} | {all_:.2f} |"
+            same, all_ = (ratio(precision_tables.Table(precision_tables.SPELLINGS[name], BF16), (p,), {}, backend) for p in (every.to(BF16).long(), every))
+            yield f"| {name} | {same} | {all_} |"
 
     yield from rows("| spelling | ratio at positions that bf16 holds | at all positions |", lines())
 
@@ -260,7 +255,7 @@ def time_section(backend: str) -> Iterator[str]:
 SECTIONS: dict[str, tuple[str, Callable[[], Iterator[str]]]] = {
     "tables": ("Tables of positions in a bf16 model", tables_section),
     "models": ("Tiny models at positions from 30,000", models_section),
-    "counts": ("Nodes and casts of models as transformers writes them", counts_section),
+    "counts": ("Nodes and casts of the corpus", counts_section),
     "time": ("Running time under Inductor", lambda: time_section("inductor")),
     "xla": ("Running time under XLA on a CPU", lambda: time_section("openxla")),
 }

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("PJRT_DEVICE", "CPU")
 
@@ -35,21 +35,39 @@ def example(name: str, change: Callable[[Any], Any]) -> tuple[Any, dict[str, Any
     return change(model), kwargs
 
 
-def ratio(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str, rounds: int = 100) -> float:
-    """The median time after lift-int-casts and finite-masks over that before them."""
+class Ratio(NamedTuple):
+    """A running time over another: the median of the ratios of neighbouring calls, and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def ratio(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str, seconds: float = 20.0) -> Ratio:
+    """The time after lift-int-casts and finite-masks over that before them, measured for so long."""
     prepared = [nxfx.prepare(model, args, corpus.clone(kwargs), pipeline=p) for p in PIPELINES]
-    runs = [_compiled(each, backend) for each in prepared]  # which moves the model's own weights, so after both
-    for run in runs:
-        for _ in range(3):
+    before, after = (_compiled(each, backend) for each in prepared)  # which moves the model's own weights, so after both
+    for run in (before, after):
+        for _ in range(5):
             run()
-    samples: list[list[float]] = [[], []]
-    for turn in range(rounds):
-        for which in (0, 1) if turn % 2 else (1, 0):
-            started = time.process_time()
-            runs[which]()
-            samples[which].append(time.process_time() - started)
-    before, after = (sorted(kept)[rounds // 2] for kept in samples)
-    return after / before
+    found = []
+    started = time.monotonic()
+    while time.monotonic() - started < seconds or len(found) < 20:
+        first, second = (before, after) if len(found) % 2 else (after, before)
+        one, other = _time(first), _time(second)
+        found.append(other / one if first is before else one / other)
+    found.sort()
+    middle, spread = len(found) / 2, 0.98 * math.sqrt(len(found))  # of the binomial distribution: any distribution's median
+    return Ratio(found[int(middle)], found[max(int(middle - spread), 0)], found[min(math.ceil(middle + spread), len(found) - 1)])
+
+
+def _time(run: Run) -> float:
+    started = time.process_time()
+    run()
+    return time.process_time() - started
 
 
 def _compiled(prepared: PreparedModule, backend: str) -> Run:
@@ -71,8 +89,8 @@ def _compiled(prepared: PreparedModule, backend: str) -> Run:
     return run
 
 
-def model_ratios(names: tuple[str, ...], change: Callable[[Any], Any], backend: str) -> Iterator[tuple[str, float]]:
-    """For each family: the running time after over that before. Fails where they are slower as a whole.
+def model_ratios(names: tuple[str, ...], change: Callable[[Any], Any], backend: str) -> Iterator[tuple[str, str]]:
+    """For each family: the running time after over that before. Fails where one is slower by more than 2 %, or all of them as a whole.
 
     Args:
         change: puts into a model what is to be lifted.
@@ -82,7 +100,8 @@ def model_ratios(names: tuple[str, ...], change: Callable[[Any], Any], backend: 
     for name in names:
         model, kwargs = example(name, change)
         found.append(ratio(model, (), kwargs, backend))
-        yield name, found[-1]
-    mean = math.exp(sum(map(math.log, found)) / len(found))
-    yield "geometric mean", mean
+        yield name, str(found[-1])
+        assert found[-1].low <= 1.02, (name, found[-1])
+    mean = math.exp(sum(math.log(each.median) for each in found) / len(found))
+    yield "geometric mean", f"{mean:.3f}"
     assert mean <= 1.02, mean
