@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis import ranges
-from nxfx.analysis.broadcast_products import bit_equal, worth_spreading, worth_spreading_terms
+from nxfx.analysis.broadcast_products import bit_equal, worth_spreading
 from nxfx.analysis.float_ops import Family, dtype_of, op_name
 from nxfx.analysis.float_region import Region, grow
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
@@ -16,7 +16,6 @@ from nxfx.graph import outer_products
 from nxfx.graph.builder import NodeBuilder
 from nxfx.lifting import findings
 from nxfx.lifting.edits import Lift
-from nxfx.lifting.grids import integer_grids, spread_grid
 from nxfx.lifting.words import described, exact_limit, short
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report.rewrites import Kind, Rewrite
@@ -28,7 +27,7 @@ class LiftOptions:
 
     Attributes:
         outer_products: turn matrix products of integer-derived values with one term a sum into broadcast products.
-        terms: and those with up to so many terms a sum (coordinates times a matrix), as the sum of so many broadcast products.
+        terms: and those with up to so many terms a sum (coordinates times a matrix), four at most, as sums of broadcast products.
     """
 
     outer_products: bool = True
@@ -81,47 +80,43 @@ class LiftIntCasts(Pass):
         result = PassResult()
         build = NodeBuilder(graph_module.graph, self.name)
         origins = self._origins(graph_module, context)
-        if grids := list(integer_grids(graph_module.graph, origins)):
-            for node in grids:
-                result.rewrites.append(self.rewrite(node, "lift.grid", Kind.EXACT, "meshgrid", "views"))
-                spread_grid(build, node)
-            origins = self._origins(graph_module, context)
-        if self.options.outer_products and (products := worth_spreading(origins)):
-            result.rewrites += [self._spread(build, node, origins, context) for node in products]
-            origins = self._origins(graph_module, context)
-        if products := worth_spreading_terms(origins, self.options.terms):
-            result.rewrites += [self._spread_terms(build, node) for node in products]
-            origins = self._origins(graph_module, context)
         region = grow(origins)
         result.rewrites += self._records(origins, region)
         lift = Lift(build, origins, region)
         for node, low, entry in lift.compare_exactly():
             result.rewrites.append(self._record(node, "lift.comparison", entry, low))
-        result.changed = bool(result.rewrites)
+        result.findings = [*findings.kept(origins, lift), *findings.early(origins, lift), *findings.tables(origins, context.sources)]
+        if result.rewrites:
+            origins = self._origins(graph_module, context)
+        if spread := self._spread_products(build, origins, context):
+            result.rewrites += spread
+            origins = self._origins(graph_module, context)
         context.float32_products |= findings.float32_products(origins)
         context.float32_uses |= findings.float32_uses(origins)
-        result.findings = [*findings.kept(origins, lift), *findings.early(origins, lift), *findings.tables(origins, context.sources)]
+        result.changed = bool(result.rewrites)
         return result
 
     @staticmethod
     def _origins(graph_module: fx.GraphModule, context: PassContext) -> IntegerOrigins:
         return IntegerOrigins(graph_module, context.sources, lambda: ranges.analyse(graph_module, context.sources, context.requirements))
 
-    def _spread(self, build: NodeBuilder, node: fx.Node, origins: IntegerOrigins, context: PassContext) -> Rewrite:
-        premises = bit_equal(node, origins, context.sources)
-        kind = Kind.REFINES if premises is None else Kind.EXACT
-        context.premises += premises or []
-        record = self.rewrite(node, "lift.outer-product", kind, f"{op_name(node)} with one term a sum", "broadcast mul")
-        outer_products.spread(build, node)
-        return record
-
-    def _spread_terms(self, build: NodeBuilder, node: fx.Node) -> Rewrite:
-        count = outer_products.terms(node)
-        bound = f"each sum of {count} products is rounded {count} times at most, in float32"
-        before, after = f"{op_name(node)} with {count} terms a sum", f"sum of {count} broadcast products"
-        record = self.rewrite(node, "lift.small-product", Kind.REASSOCIATED, before, after, bound)
-        outer_products.spread_terms(build, node)
-        return record
+    def _spread_products(self, build: NodeBuilder, origins: IntegerOrigins, context: PassContext) -> list[Rewrite]:
+        """Let matrix products become broadcast products, which no auto-cast rounds."""
+        records = []
+        for node, count in worth_spreading(origins):
+            if count == 1 and self.options.outer_products:
+                premises = bit_equal(node, origins, context.sources)
+                kind = Kind.REFINES if premises is None else Kind.EXACT
+                context.premises += premises or []
+                before = f"{op_name(node)} with one term a sum"
+                records.append(self.rewrite(node, "lift.outer-product", kind, before, "broadcast mul"))
+                outer_products.spread(build, node)
+            elif 1 < count <= self.options.terms:
+                bound = f"each sum of {count} products is rounded {count} times at most, in float32"
+                before, after = f"{op_name(node)} with {count} terms a sum", f"sum of {count} broadcast products"
+                records.append(self.rewrite(node, "lift.small-product", Kind.REASSOCIATED, before, after, bound))
+                outer_products.spread_terms(build, node)
+        return records
 
     # --- the report --------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,7 @@
-"""Which matrix products with one term a sum are worth turning into broadcast products, and what that promises."""
+"""Which matrix products with one term a sum, or a few, are worth turning into broadcast products, and what that promises."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,37 +14,22 @@ from nxfx.analysis.float_ops import Family, dtype_of
 from nxfx.analysis.integer_origin import IntegerOrigins, Member
 from nxfx.analysis.intervals import fits
 from nxfx.analysis.provenance import Premise, Source
-from nxfx.graph import meta, outer_products
-
-_MOST_MULTIPLICATIONS = 1 << 24
+from nxfx.graph import outer_products
 
 
-def worth_spreading(origins: IntegerOrigins) -> list[fx.Node]:
-    """Products of integer-derived values, other than those of integers that bf16 holds exactly (with each other, or with weights)."""
+def worth_spreading(origins: IntegerOrigins) -> list[tuple[fx.Node, int]]:
+    """Float32 products of integer-derived values, and how many terms a sum of theirs has: one, or a few.
+
+    Left out are those of integers that bf16 holds exactly (with each other, or with weights), and what is in low precision anyway: no
+    auto-cast rounds that.
+    """
     limit = dtype_rules.exact_integer(torch.bfloat16)
     found = []
     for node, member in origins.members.items():
-        if member.family is Family.OUTER and member.integer:
+        if member.family is Family.OUTER and member.integer and not dtype_rules.is_low_precision(dtype_of(node)):
             exact = [origins.exact.of(v) for v in member.values[:2] if not _is_weight(origins.of(v))]
             if not all(e is not None and fits(e, (-limit, limit)) for e in exact):
-                found.append(node)
-    return found
-
-
-def worth_spreading_terms(origins: IntegerOrigins, most: int) -> list[fx.Node]:
-    """Products of integer-derived values and tables with two to ``most`` terms a sum, small enough for element-wise arithmetic.
-
-    Below 2**24 multiplications they are a small part of any model; above, a matrix engine is what they are for.
-    """
-    found = []
-    for node in origins.products:
-        count = outer_products.terms(node)
-        shape = meta.val(node).shape
-        if count is None or not 2 <= count <= most or any(origins.of(v) is None for v in outer_products.factors(node)):
-            continue
-        sizes = [s for s in shape if type(s) is int]  # of a dynamic one nothing is known
-        if count * math.prod(sizes) <= _MOST_MULTIPLICATIONS:
-            found.append(node)
+                found.append((node, outer_products.terms(node) or 1))
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.float_ops import FAMILIES, FILLS, SUMS, Family, dtype_of, fill_of, is_complement, op_name, values_of
+from nxfx.analysis.float_ops import FILLS, SUMS, Family, accumulates, dtype_of, family_of, fill_of, is_complement, op_name, values_of
 from nxfx.analysis.intervals import Interval, Ranges, arg, fits, join
 from nxfx.analysis.provenance import Role, Source
 from nxfx.analysis.range_rules import arange_arguments, products
@@ -25,7 +25,7 @@ _SIGNS: dict[str, Callable[[int, int], Interval]] = {
     "tril": lambda low, high: (min(low, 0), max(high, 0)),
     "triu": lambda low, high: (min(low, 0), max(high, 0)),
 }
-_PADS = frozenset(["pad", "constant_pad_nd"])
+_PADS = frozenset(["pad", "constant_pad_nd", "diag", "diag_embed"])
 _CONSTANTS: dict[str, Interval] = {
     "zeros": (0, 0), "zeros_like": (0, 0), "new_zeros": (0, 0),
     "ones": (1, 1), "ones_like": (1, 1), "new_ones": (1, 1), "eye": (0, 1),
@@ -93,10 +93,10 @@ class ExactIntegers:
         return found if found is not None and fits(found, (-limit, limit)) else None
 
     def _result(self, node: fx.Node, depth: int) -> Interval | None:
-        family, name = FAMILIES.get(node.target), op_name(node)
+        family, name = family_of(node), op_name(node)
         if node in self.masks:
             return 0, 1
-        if family is None or family is Family.COMPARE or (family is Family.COMPUTE and name not in _ARITHMETIC):
+        if family is None or family is Family.COMPARE or (family is Family.COMPUTE and name not in _ARITHMETIC and not accumulates(node)):
             return None
         if family is Family.FACTORY:
             return self._constant(node, name)
@@ -119,6 +119,9 @@ class ExactIntegers:
             return join(known[0], *known[1:])
         if node.target in SUMS:
             return times(known[0], summed(node))
+        if accumulates(node):
+            added = times(known[1], accumulated(node)) if len(known) == 2 and arg(node, 4, "alpha", 1) == 1 else None
+            return None if added is None else (known[0][0] + added[0], known[0][1] + added[1])
         if len(known) != 2 or arg(node, 2, "alpha", 1) != 1:
             return None
         a, b = known if name != "rsub" else known[::-1]
@@ -137,8 +140,11 @@ class ExactIntegers:
             return _CONSTANTS.get(name)
         start, end, step = arange_arguments(node)
         first, last = self.of(start), self.of(end)
-        whole = isinstance(step, (int, float)) and step == int(step)
-        return join(first, last) if whole and first is not None and last is not None else None
+        if not isinstance(step, (int, float)) or step != int(step) or first is None or last is None:
+            return None
+        if first[0] == first[1] and last[0] == last[1] and step:  # the end itself is not among them
+            last = (at := first[0] + max(math.ceil((last[0] - first[0]) / step) - 1, 0) * int(step), at)
+        return join(first, last)
 
     def _held(self, node: fx.Node) -> Interval | None:
         source = self._sources.get(node.name)
@@ -160,6 +166,16 @@ def summed(node: fx.Node) -> int | None:
     dims = range(len(shape)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
     sizes = [shape[d] for d in dims] if len(shape) else []
     return math.prod(sizes) if all(type(s) is int for s in sizes) else None
+
+
+def accumulated(node: fx.Node) -> int | None:
+    """How many elements are added to one place at most by an op that accumulates, None when that is dynamic."""
+    if isinstance(node.args[1], int):  # a dimension
+        index: Any = meta.val(node.args[2])  # type: ignore[arg-type]
+        counts = [index.shape[node.args[1]] if index.dim() else 1]
+    else:
+        counts = [meta.val(i).numel() for i in node.args[1] if isinstance(i, fx.Node)]  # type: ignore[union-attr]
+    return max(counts, default=None) if all(type(c) is int for c in counts) else None
 
 
 def times(bounds: Interval, count: int | None) -> Interval | None:

@@ -58,7 +58,6 @@ MATRIX_PRODUCTS = outer_products.PRODUCTS | frozenset(
 METADATA = frozenset([aten._assert_tensor_metadata.default, *overloads("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")])
 
 _CASTS = [aten._to_copy.default, aten.copy.default, aten.type_as.default, torch.ops.prims.convert_element_type.default]
-_SEVERAL_RESULTS = frozenset(overloads("sort", "cummax", "cummin"))
 _ARITHMETIC = overloads(
     "add", "sub", "rsub", "mul", "div", "true_divide", "floor_divide", "pow", "sqrt", "rsqrt", "square", "reciprocal",
     "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "sinc", "asin", "acos", "atan",
@@ -73,10 +72,14 @@ _PICKED: dict[Any, tuple[int, ...]] = {
     **dict.fromkeys(overloads("where"), (1, 2)),
     **dict.fromkeys(overloads("masked_fill", "index_put", "constant_pad_nd"), (0, 2)),
     **dict.fromkeys(overloads("slice_scatter", "select_scatter", "diagonal_scatter", "fill"), (0, 1)),
-    **dict.fromkeys(overloads("cat", "stack", "neg", "abs", "relu", "tril", "triu"), (0,)),
+    **dict.fromkeys(overloads("cat", "stack", "hstack", "vstack", "dstack", "column_stack", "meshgrid", "broadcast_tensors"), (0,)),
+    **dict.fromkeys(overloads("neg", "abs", "relu", "tril", "triu", "diag", "diag_embed"), (0,)),
+    **dict.fromkeys(overloads("sort", "topk", "cummax", "cummin", "median", "kthvalue", "mode", "max_pool1d", "max_pool2d"), (0,)),
     **dict.fromkeys(overloads("masked_scatter"), (0, 2)),
     **dict.fromkeys([aten.scatter.src, aten.scatter.value, *overloads("index_copy", "pad")], (0, 3)),
-    **dict.fromkeys([aten.max.default, aten.min.default], (0,)),
+    **dict.fromkeys([aten.max.default, aten.min.default, aten.max.dim, aten.min.dim, *overloads("aminmax")], (0,)),
+    **dict.fromkeys(overloads("index_fill"), (0, 3)),
+    **dict.fromkeys(overloads("put"), (0, 2)),
 }
 # The same for arithmetic whose other operands are indices, and for what only tells where values stand.
 _AMONG: dict[Any, tuple[int, ...]] = {
@@ -88,7 +91,18 @@ _COMPARISONS = frozenset(overloads("eq", "ne", "lt", "le", "gt", "ge"))
 _PROMOTED = frozenset(overloads("cat", "stack"))  # beside what is pointwise
 # Places among others, which must have the same dtype.
 SEARCHES = frozenset(overloads("bucketize", "searchsorted"))
-_EXTREMA = [*overloads("minimum", "maximum", "clamp", "clamp_min", "clamp_max"), aten.max.other, aten.min.other]
+_EXTREMA = [
+    *overloads("minimum", "maximum", "fmin", "fmax", "clamp", "clip", "clamp_min", "clamp_max"),
+    aten.max.other,
+    aten.min.other,
+]
+# Not listed, and not to be taken for arithmetic: what they give depends on the dtype, on memory or on chance.
+_OPAQUE = frozenset(
+    overloads("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "nextafter", "frexp", "as_strided", "view")
+) | frozenset(overloads("view_copy", "scaled_dot_product_attention", "copy", "set", "resize"))
+# Sums over places that indices name.
+_ACCUMULATING = frozenset(overloads("scatter_add", "index_add"))
+_INDEX_PUTS = frozenset(overloads("index_put", "_unsafe_index_put"))
 
 FAMILIES: dict[Any, Family] = {
     **dict.fromkeys(_CASTS, Family.CAST),
@@ -100,8 +114,51 @@ FAMILIES: dict[Any, Family] = {
     **dict.fromkeys([*_COMPARISONS, *overloads("argmax", "argmin", "argsort"), *SEARCHES], Family.COMPARE),
     **dict.fromkeys(overloads("polar", "complex", "view_as_complex"), Family.COMPLEX),
 }
-for _target in _SEVERAL_RESULTS:
-    FAMILIES.pop(_target, None)
+
+
+def family_of(node: fx.Node) -> Family | None:
+    """How ``node`` treats the values it reads; None where nothing is known of that.
+
+    An op that is not listed is arithmetic when it makes floats of its operands alone: it computes the same in a wider dtype.
+    """
+    family = FAMILIES.get(node.target)
+    if node.target in _INDEX_PUTS and accumulates(node):
+        return Family.COMPUTE
+    if family is not None or node.op != "call_function" or not _computes(node.target) or any(isinstance(a, torch.dtype) for a in node.args):
+        return family
+    dtype = dtype_of(node)
+    if dtype is torch.bool:
+        return Family.COMPARE if is_pointwise(node) else None
+    has_floats = any(d is not None and d.is_floating_point for d in map(dtype_of, node.all_input_nodes))
+    return Family.COMPUTE if dtype is not None and dtype.is_floating_point and has_floats else None
+
+
+@functools.cache
+def _computes(target: Any) -> bool:
+    """Whether an op that is not listed is a function of its operands' values."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims") or target in MATRIX_PRODUCTS | _OPAQUE:
+        return False
+    chance = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
+    return not target._schema.is_mutable and not chance & set(target.tags) and bool(target._schema.returns)
+
+
+def is_listed(node: fx.Node) -> bool:
+    """Whether what ``node`` does is stated here, or follows from its being pointwise."""
+    return node.target in FAMILIES or is_pointwise(node)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether ``node`` makes each element of its result of the same elements of its operands."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def accumulates(node: fx.Node) -> bool:
+    """Whether ``node`` adds to places that indices name."""
+    return node.target in _ACCUMULATING or (node.target in _INDEX_PUTS and bool(arg(node, 3, "accumulate", False)))
+
+
+def has_several_results(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (list, tuple))
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:
@@ -135,6 +192,8 @@ def values_of(node: fx.Node, family: Family) -> tuple[Any, ...]:
         return outer_products.operands(node) or ()
     if (positions := _PICKED.get(node.target) or _AMONG.get(node.target)) is not None:
         return tuple(_flat(args[p] for p in positions if p < len(args)))
+    if not is_listed(node):  # of its numbers and integers nothing is known
+        return tuple(v for v in node.all_input_nodes if (d := dtype_of(v)) is not None and d.is_floating_point)
     named = (v for k, v in node.kwargs.items() if k in ("min", "max", "other", "value", "weight"))
     return tuple(_flat((*args, *named)))
 
@@ -151,7 +210,7 @@ def promotes(user: fx.Node) -> bool:
     """Whether ``user`` itself converts a low-precision operand to float32, since another one is wider."""
     if dtype_of(user) is not torch.float32:
         return False
-    return user.target in _PROMOTED or (isinstance(user.target, torch._ops.OpOverload) and torch.Tag.pointwise in user.target.tags)
+    return user.target in _PROMOTED or is_pointwise(user)
 
 
 def fill_of(node: fx.Node) -> Any:

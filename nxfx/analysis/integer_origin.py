@@ -17,19 +17,21 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.exact_integers import ExactIntegers, summed, times
+from nxfx.analysis.exact_integers import ExactIntegers, accumulated, summed, times
 from nxfx.analysis.float_ops import (
-    FAMILIES,
     LOOKUPS,
     MATRIX_PRODUCTS,
     SENSITIVE,
     SEQUENCES,
     SUMS,
     Family,
+    accumulates,
     compares_with_small,
     dtype_of,
+    family_of,
     fill_of,
     is_complement,
+    is_listed,
     representable,
     values_of,
 )
@@ -70,12 +72,14 @@ class Entry:
         bounds: what the integers can be.
         proved: the bounds say more than the integer's dtype or an undeclared input does.
         mask: undeclared, and used only as ``1 - x`` or compared with a small number: taken for a 0/1 mask.
+        root: the value that is converted, an integer or one in float32; None for one made in low precision.
     """
 
     integer: fx.Node | None
     bounds: Interval
     proved: bool
     mask: bool = False
+    root: fx.Node | None = None
 
 
 class IntegerOrigins:
@@ -94,6 +98,8 @@ class IntegerOrigins:
         met: ``(node, integer operand)`` where integers are combined with an activation.
         exact: the members that are exact integers.
         products: matrix products with an integer-derived factor that bf16 does not hold exactly.
+        family: of the nodes that any of these hold.
+        inputs: the graph's placeholders and ``get_attr`` nodes.
     """
 
     def __init__(self, gm: fx.GraphModule, sources: Mapping[str, Source], ranges: Callable[[], Ranges]) -> None:
@@ -104,19 +110,24 @@ class IntegerOrigins:
         self.sensitive: list[fx.Node] = []
         self.met: list[tuple[fx.Node, fx.Node]] = []
         self.products: list[fx.Node] = []
+        self.family: dict[fx.Node, Family] = {}
+        self.inputs: list[fx.Node] = []
         self.exact = ExactIntegers(sources, functools.cache(ranges))
         self._tables: dict[fx.Node, Member | None] = {}
         for node in gm.graph.nodes:
-            if node.op == "call_function":
-                family = FAMILIES.get(node.target)
+            if node.op in ("placeholder", "get_attr"):
+                self.inputs.append(node)
+            elif node.op == "call_function":
+                family = family_of(node)
                 if family is not None:
+                    self.family[node] = family
                     self._admit(node, family)
-                if node.target in MATRIX_PRODUCTS and node not in self.members:
+                if node.target in MATRIX_PRODUCTS:
                     self._note_product(node)
         for node, member in self.members.items():
             self._follow_rounding(node, member)
         for node in self.sinks:
-            self._watch(node, FAMILIES[node.target], values_of(node, FAMILIES[node.target]))
+            self._watch(node, self.family[node], values_of(node, self.family[node]))
 
     def of(self, value: Any) -> Member | None:
         """The member or table that ``value`` is; None for an activation, an integer or a number."""
@@ -153,19 +164,22 @@ class IntegerOrigins:
                 integer = integer or kind is not None or isinstance(value.meta.get("val"), torch.SymInt)
                 continue
             member = self.of(value)
-            if member is None or (member.learned and not member.integer and node.target in LOOKUPS):
+            is_activation = member is not None and member.learned and not member.integer and node.target in LOOKUPS
+            if member is None or is_activation or (member.learned and not is_listed(node)):
                 self._meet(node, family, values)
                 return
             made_of.append(member)
         if dtype.is_floating_point:
             tables = dict.fromkeys(t for m in made_of for t in m.tables)
             learned = any(m.learned for m in made_of)
-            integer = integer or any(m.integer for m in made_of)
+            counts = node.target in SUMS or accumulates(node)
+            integer = integer or any(m.integer for m in made_of) or (counts and not tables and not learned)
             self.members[node] = Member(family, values, integer, learned, tuple(tables)[:4])
         elif not made_of:
             return
         elif dtype.is_complex:  # half-precision parts would make another complex dtype
-            if family is Family.COMPLEX and not any(map(dtype_rules.is_low_precision, map(dtype_of, node.all_input_nodes))):
+            low = any(map(dtype_rules.is_low_precision, map(dtype_of, node.all_input_nodes)))
+            if (family is Family.COMPLEX and not low) or (family is Family.COMPUTE and dtype is torch.complex64):
                 self.sinks[node] = None
         elif family in (Family.COMPARE, Family.CAST):
             self.sinks[node] = None
@@ -217,17 +231,27 @@ class IntegerOrigins:
                 continue
             is_integer = dtype_rules.is_integral(dtype_of(value))
             bounds, proved = self.exact.bounds(value) if is_integer else (None, True)
-            if node.target in SUMS:  # it is the sum that is rounded
+            if node.target in SUMS or accumulates(node):  # it is the sum that is rounded
                 added = bounds or self.exact.of(value)
-                bounds = None if added is None else times(added, summed(node)) or (-limit - 1, limit + 1)
+                count = summed(node) if node.target in SUMS else accumulated(node)
+                bounds = None if added is None else times(added, count) or (-limit - 1, limit + 1)
             elif member.family is Family.CAST and not is_integer:  # an integer that was float32 meanwhile
                 value = self._unconverted(value)
                 is_integer = dtype_rules.is_integral(dtype_of(value))
-                bounds, proved = self.exact.bounds(value) if is_integer else (None, True)
+                bounds, proved = self.exact.bounds(value) if is_integer else (self._counted(value), True)
             if bounds is not None and not fits(bounds, (-limit, limit)):
-                return Entry(value if is_integer else None, bounds, proved)
+                return Entry(value if is_integer else None, bounds, proved, root=value)
         made = self.exact.made(node) if member.family is Family.COMPUTE else None
         return Entry(None, made, True) if made is not None and not fits(made, (-limit, limit)) else None
+
+    def _counted(self, value: fx.Node) -> Interval | None:
+        """Bounds of a sequence or sum of integers in float32, or of what arithmetic makes of some; None for anything else."""
+        member = self.members.get(value)
+        if member is None or not member.integer:
+            return None
+        if value.target in SEQUENCES or value.target in SUMS:
+            return self.exact.of(value)
+        return self.exact.made(value) if member.family is Family.COMPUTE else None
 
     def _unconverted(self, value: fx.Node) -> fx.Node:
         """What ``value`` was before float32 and views of it; ``value`` itself once low precision has held it."""

@@ -12,11 +12,13 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.float_ops import FAMILIES, METADATA, Family, dtype_of, op_name, promotes
+from nxfx.analysis.float_ops import METADATA, Family, dtype_of, family_of, is_pointwise, op_name, promotes
 from nxfx.analysis.integer_origin import IntegerOrigins
 
 _SUMS = frozenset(["add", "sub", "rsub"])
 _LINEAR = _SUMS | {"mul", "div", "sum", "mean", "cumsum", "lerp", "diff"}
+# Of these a large operand leaves nothing that could cancel.
+_ENDS = frozenset(["sin", "cos", "tan", "sinc", "tanh", "sigmoid", "erf", "exp", "exp2", "expm1", "log", "reciprocal", "rsqrt", "sign"])
 _FAR = 256  # nodes after which an activation is taken for another one
 
 
@@ -27,10 +29,12 @@ class _Forms:
     Attributes:
         of: member → the member whose value it is: the last that computes or widens. None is the integer as its entry rounds it.
         given: activation → the forms it is given, and whether it takes them in low precision.
+        stored: the graph returns one of them in low precision: perhaps to a buffer that it reads at the next call.
     """
 
     of: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
     given: dict[fx.Node, set[tuple[fx.Node | None, bool]]] = field(default_factory=dict)
+    stored: bool = False
 
 
 def paired(origins: IntegerOrigins) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -40,9 +44,9 @@ def paired(origins: IntegerOrigins) -> tuple[set[fx.Node], set[fx.Node]]:
     """
     found: set[fx.Node] = set()
     bound: set[fx.Node] = set()
-    for root in dict.fromkeys(_root(entry.integer or node) for node, entry in origins.entries.items()):
+    for root in dict.fromkeys(_root(entry.root or node) for node, entry in origins.entries.items()):
         forms = _forms(root, origins)
-        if len(set().union(*forms.given.values())) < 2:
+        if len(set().union(*forms.given.values())) < (1 if forms.stored else 2):
             continue
         apart = _cancelling(forms, origins)
         if None in apart:
@@ -63,7 +67,7 @@ def _root(node: fx.Node) -> fx.Node:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return FAMILIES.get(node.target) is Family.MOVE and dtype_rules.is_integral(dtype_of(node))
+    return family_of(node) is Family.MOVE and dtype_rules.is_integral(dtype_of(node))
 
 
 def _forms(root: fx.Node, origins: IntegerOrigins) -> _Forms:
@@ -71,6 +75,7 @@ def _forms(root: fx.Node, origins: IntegerOrigins) -> _Forms:
     pending = [root]
     for node in pending:
         for user in node.users:
+            forms.stored |= user.op == "output" and _is_low(node)
             if user.op != "call_function" or user.target in METADATA or user in origins.sinks:
                 continue
             if user not in origins.members and not _is_view(user):
@@ -85,7 +90,7 @@ def _forms(root: fx.Node, origins: IntegerOrigins) -> _Forms:
 
 
 def _form(user: fx.Node, node: fx.Node, forms: _Forms) -> fx.Node | None:
-    if FAMILIES.get(user.target) not in (Family.CAST, Family.MOVE):
+    if family_of(user) not in (Family.CAST, Family.MOVE):
         return user
     widens = dtype_of(user) is torch.float32 and dtype_of(node) is not torch.float32
     return user if widens and forms.of[node] is None else forms.of[node]
@@ -96,7 +101,7 @@ def _is_low(node: fx.Node) -> bool:
 
 
 def _is_linear(node: fx.Node) -> bool:
-    family = FAMILIES.get(node.target)
+    family = family_of(node)
     return family in (Family.CAST, Family.MOVE, Family.SELECT) or (family is Family.COMPUTE and op_name(node) in _LINEAR)
 
 
@@ -105,20 +110,35 @@ def _cancelling(forms: _Forms, origins: IntegerOrigins) -> set[fx.Node | None]:
 
     A form that two activations take rounded is the same for both, and two that they take in float32 are both unrounded.
     """
-    carried: dict[fx.Node, set[tuple[fx.Node | None, bool]]] = {a: set(g) for a, g in forms.given.items() if _is_linear(a)}
+    carried: dict[fx.Node, set[tuple[fx.Node | None, bool]]] = {a: set(g) for a, g in forms.given.items() if _carries(a)}
+    if forms.stored:
+        carried |= {state: {(None, True)} for state in _states(origins)}
     found: set[fx.Node | None] = set()
     pending = list(carried)
     for node in pending:
         if op_name(node) in _SUMS:
             found |= _apart(carried[node])
         for user in node.users:
-            if user in origins.members or not _is_linear(user) or carried[node] <= carried.get(user, set()):
+            if user in origins.members or not _carries(user) or carried[node] <= carried.get(user, set()):
                 continue
             if user not in carried and len(carried) >= _FAR:
                 continue
             carried.setdefault(user, set()).update(carried[node])
             pending.append(user)
     return found
+
+
+def _carries(activation: fx.Node) -> bool:
+    """Whether what goes into ``activation`` may come out of it again, more or less."""
+    if op_name(activation) in _ENDS:
+        return False
+    return is_pointwise(activation) or family_of(activation) in (Family.CAST, Family.MOVE, Family.SELECT) or _is_linear(activation)
+
+
+def _states(origins: IntegerOrigins) -> list[fx.Node]:
+    """The low-precision buffers that the graph writes."""
+    written = {name for name, source in origins.sources.items() if source.mutated}
+    return [n for n in origins.inputs if n.name in written and _is_low(n)]
 
 
 def _apart(met: set[tuple[fx.Node | None, bool]]) -> set[fx.Node | None]:

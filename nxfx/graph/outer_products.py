@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import Any
 
@@ -26,11 +27,19 @@ _ADDEND: dict[Any, int] = {aten.linear.default: 2, aten.addmm.default: 0, aten.b
 PRODUCTS = frozenset({*_FACTORS, aten.einsum.default})
 
 
+# A sum of so many terms is small enough for element-wise arithmetic, as long as there are no more multiplications than that: a small
+# part of any model. Beyond, a matrix engine is what they are for.
+FEW = 4
+_MOST_MULTIPLICATIONS = 1 << 24
+
+
 def operands(node: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The two factors of a matrix product with one term a sum, and what is added to it; None for any other."""
+    """The two factors of a matrix product with one term a sum, or a few, and what is added to it; None for any other."""
     if node.target is aten.einsum.default:
         return tuple(node.args[1]) if _labels(node) is not None else None  # type: ignore[arg-type]
-    if terms(node) != 1:
+    count = terms(node)
+    sizes = [s for s in meta.val(node).shape if type(s) is int] if count is not None else []  # of a dynamic one nothing is known
+    if count is None or not 1 <= count <= FEW or (count > 1 and count * math.prod(sizes) > _MOST_MULTIPLICATIONS):
         return None
     added = _addend(node)
     return factors(node) if added is None else (*factors(node), added)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from nxfx.analysis import dtype_rules, ranges
-from nxfx.analysis.float_ops import FAMILIES, METADATA, SEARCHES, Family, dtype_of, promotes
+from nxfx.analysis.float_ops import METADATA, SEARCHES, Family, dtype_of, has_several_results, is_listed, promotes
 from nxfx.analysis.float_region import Region
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
 from nxfx.graph import meta
@@ -69,7 +70,7 @@ class Lift:
             node.update_kwarg("dtype", FP32)
         if dtype_rules.is_low_precision(dtype):
             self._were_low.add(node)
-            if keeps_layout or node.meta.get("unbacked_bindings"):  # evaluating again would invent new symbols
+            if (keeps_layout and is_listed(node)) or node.meta.get("unbacked_bindings"):  # evaluating again would invent new symbols
                 node.meta["val"] = _retyped(node.meta["val"])
                 node.meta.pop("tensor_meta", None)
             else:
@@ -139,7 +140,7 @@ class Lift:
         high, members, checks = self.raised[node], self.origins.members, []
         for user in list(node.users):
             member = members.get(user)
-            if user in self._made or self.raised.get(user) is user:
+            if user in self._made or self.raised.get(user) is user or (has_several_results(node) and user.target is operator.getitem):
                 continue
             if user.target in METADATA:
                 checks.append(user)
@@ -196,7 +197,7 @@ class Lift:
         pairs = [(n, v) for n in self.origins.sinks for v in n.all_input_nodes if dtype_rules.is_integral(dtype_of(v))]
         for node, integer in (*pairs, *self.origins.met):
             floats = [v for v in node.all_input_nodes if dtype_rules.is_low_precision(dtype_of(v))]
-            if FAMILIES[node.target] is not Family.COMPARE or not floats:
+            if self.origins.family[node] is not Family.COMPARE or not floats:
                 continue
             low = dtype_of(floats[0])
             bounds, proved = self.origins.exact.bounds(integer)
@@ -227,8 +228,8 @@ def _is_unmixed(value: fx.Node) -> bool:
 
 def _retyped(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_retyped, value))
-    return meta.retype(value, FP32)
+        return type(value)([_retyped(v) for v in value])
+    return meta.retype(value, FP32) if dtype_rules.is_low_precision(value.dtype) else value
 
 
 def _layout(value: torch.Tensor) -> tuple[str, str]:

@@ -18,10 +18,11 @@ PRESERVING_VIEWS = frozenset(
     overloads("view", "_unsafe_view", "reshape", "_reshape_alias", "unsqueeze", "squeeze", "permute", "transpose", "t", "clone",
                "alias", "detach", "contiguous", "flatten", "lift_fresh", "lift_fresh_copy", "lift", "flip", "roll", "view_copy",
                "permute_copy", "transpose_copy", "unsqueeze_copy", "squeeze_copy", "alias_copy", "detach_copy",
-               "numpy_T", "mT", "movedim", "unflatten", "swapaxes")
+               "numpy_T", "mT", "adjoint", "movedim", "moveaxis", "unflatten", "swapaxes", "swapdims", "ravel", "fliplr", "flipud",
+               "rot90", "atleast_1d", "atleast_2d", "atleast_3d", "pixel_unshuffle")
 )  # fmt: skip
 # ``aten.view.dtype`` reads other bits.
-PRESERVING_VIEWS -= {aten.view.dtype, aten.view_copy.dtype}
+PRESERVING_VIEWS -= {aten.view.dtype, aten.view_copy.dtype, *(op for op in PRESERVING_VIEWS if op._overloadname == "Sequence")}
 
 # Ops whose result holds some elements of their first argument, unchanged, and no other. Not ``as_strided``: it reads the memory
 # around a view.
