@@ -80,12 +80,13 @@ class LiftIntCasts(Pass):
         result = PassResult()
         build = NodeBuilder(graph_module.graph, self.name)
         origins = self._origins(graph_module, context)
+        early = findings.early(graph_module.graph, origins)
         region = grow(origins)
         result.rewrites += self._records(origins, region)
         lift = Lift(build, origins, region)
         for node, low, entry in lift.compare_exactly():
             result.rewrites.append(self._record(node, "lift.comparison", entry, low))
-        result.findings = [*findings.kept(origins, lift), *findings.early(origins, lift), *findings.tables(origins, context.sources)]
+        result.findings = [*findings.kept(origins, lift), *early, *findings.tables(origins, context.sources)]
         if result.rewrites:
             origins = self._origins(graph_module, context)
         if spread := self._spread_products(build, origins, context):

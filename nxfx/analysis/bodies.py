@@ -56,13 +56,29 @@ def operand_sources(
     ranges = analyse(gm, sources, requirements)
     for call in calls:
         blame = ranges.culprit_name(call.node)
+        held = _held_tables(call, sources)
         for body in call.bodies:
             found[body] = {
-                p.name: Source(p.name, Role.OPAQUE, range=proved, assumed=assumed, culprit=blame if proved != assumed else None)
+                p.name: held.get(p)
+                or Source(p.name, Role.OPAQUE, range=proved, assumed=assumed, culprit=blame if proved != assumed else None)
                 for p in body.graph.find_nodes(op="placeholder")
                 for assumed, proved in [ranges.operands.get(p, (None, None))]
             }
             found |= operand_sources(body, found[body], {})
+    return found
+
+
+def _held_tables(call: Call, sources: Mapping[str, Source]) -> dict[fx.Node, Source]:
+    """Placeholders of the bodies that are a float parameter, buffer or constant, each time they are called: what a body closes over."""
+    found: dict[fx.Node, Source] = {}
+    for slot in call.slots:
+        operand = slot.operands[0] if len(slot.operands) == 1 and not slot.carried else None
+        source = sources.get(operand.name) if isinstance(operand, fx.Node) else None
+        if not isinstance(operand, fx.Node) or source is None or source.mutated or not meta.val(operand).is_floating_point():
+            continue
+        if source.role in (Role.PARAMETER, Role.BUFFER, Role.CONSTANT):
+            shape = tuple(meta.val(operand).shape)
+            found |= {p: source for p in slot.placeholders if tuple(meta.val(p).shape) == shape}  # a scan gives its body a part
     return found
 
 

@@ -42,12 +42,16 @@ LOOKUPS = frozenset(overloads("embedding", "index", "_unsafe_index", "index_sele
 # Ops that turn a small error of their operand into a large one: angles (rotary and sinusoidal embeddings), exponents
 # (frequencies, decays), prefix sums (positions), and steps (buckets, indices).
 PERIODIC = frozenset(overloads("sin", "cos", "tan", "sinc", "polar"))
+_STEPS = frozenset(overloads("floor", "ceil", "round", "trunc", "floor_divide", "remainder", "fmod", "frac"))
 SENSITIVE = (
     PERIODIC
-    | frozenset(overloads("exp", "exp2", "expm1", "cumsum", "cumprod", "remainder", "fmod", "frac"))
-    | frozenset(overloads("floor", "ceil", "round", "trunc", "floor_divide"))
+    | _STEPS
+    | frozenset(overloads("exp", "exp2", "expm1", "cumsum", "cumprod"))
     | {aten.pow.Scalar, aten.pow.Tensor_Tensor, aten.div.Tensor_mode, aten.div.Scalar_mode}
 )
+
+# Those where that is so of activations too; a cast, to an integer.
+MAGNIFIERS = PERIODIC | _STEPS | frozenset(overloads("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")) | {aten._to_copy.default}
 
 # What an auto-cast of matrix products rounds the factors of.
 MATRIX_PRODUCTS = outer_products.PRODUCTS | frozenset(

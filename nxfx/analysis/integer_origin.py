@@ -155,7 +155,7 @@ class IntegerOrigins:
             return  # one output of an op that is not listed; another may well be an integer
         values = values_of(node, family)
         made_of: list[Member] = []
-        integer = node.target in SEQUENCES or _is_rounded_integer(fill_of(node), dtype)
+        integer = node.target in SEQUENCES or _is_rounded(fill_of(node), dtype)
         for value in values:
             if not isinstance(value, fx.Node):
                 continue
@@ -172,7 +172,7 @@ class IntegerOrigins:
         if dtype.is_floating_point:
             tables = dict.fromkeys(t for m in made_of for t in m.tables)
             learned = any(m.learned for m in made_of)
-            counts = node.target in SUMS or accumulates(node)
+            counts = node.target in SUMS or accumulates(node) or any(_is_rounded(v, dtype) for v in values)
             integer = integer or any(m.integer for m in made_of) or (counts and not tables and not learned)
             self.members[node] = Member(family, values, integer, learned, tuple(tables)[:4])
         elif not made_of:
@@ -295,8 +295,8 @@ class IntegerOrigins:
         return found
 
 
-def _is_rounded_integer(fill: Any, dtype: torch.dtype) -> bool:
-    """A constant integer that ``dtype`` rounds; limits such as ``finfo.min`` are integers only by accident."""
-    if not isinstance(fill, (int, float)) or not dtype.is_floating_point or not abs(fill) < 2**31:
+def _is_rounded(number: Any, dtype: torch.dtype) -> bool:
+    """A constant beyond ``dtype``'s exact integers that it rounds; limits such as ``finfo.min`` are no positions."""
+    if not isinstance(number, (int, float)) or not dtype_rules.is_low_precision(dtype):
         return False
-    return fill == int(fill) and not representable(float(fill), dtype)
+    return dtype_rules.exact_integer(dtype) < abs(number) < 2**31 and not representable(float(number), dtype)

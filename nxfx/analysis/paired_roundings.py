@@ -14,6 +14,7 @@ from torch import fx
 from nxfx.analysis import dtype_rules
 from nxfx.analysis.float_ops import METADATA, Family, dtype_of, family_of, is_pointwise, op_name, promotes
 from nxfx.analysis.integer_origin import IntegerOrigins
+from nxfx.graph import walk
 
 _SUMS = frozenset(["add", "sub", "rsub"])
 _LINEAR = _SUMS | {"mul", "div", "sum", "mean", "cumsum", "lerp", "diff"}
@@ -30,11 +31,13 @@ class _Forms:
         of: member → the member whose value it is: the last that computes or widens. None is the integer as its entry rounds it.
         given: activation → the forms it is given, and whether it takes them in low precision.
         stored: the graph returns one of them in low precision: perhaps to a buffer that it reads at the next call.
+        handed: a higher-order op is given one of them in low precision, and does with it whatever is done outside.
     """
 
     of: dict[fx.Node, fx.Node | None] = field(default_factory=dict)
     given: dict[fx.Node, set[tuple[fx.Node | None, bool]]] = field(default_factory=dict)
     stored: bool = False
+    handed: bool = False
 
 
 def paired(origins: IntegerOrigins) -> tuple[set[fx.Node], set[fx.Node]]:
@@ -46,9 +49,9 @@ def paired(origins: IntegerOrigins) -> tuple[set[fx.Node], set[fx.Node]]:
     bound: set[fx.Node] = set()
     for root in dict.fromkeys(_root(entry.root or node) for node, entry in origins.entries.items()):
         forms = _forms(root, origins)
-        if len(set().union(*forms.given.values())) < (1 if forms.stored else 2):
+        if len(set().union(*forms.given.values())) < (1 if forms.stored or forms.handed else 2):
             continue
-        apart = _cancelling(forms, origins)
+        apart = set(forms.of.values()) if forms.handed else _cancelling(forms, origins)
         if None in apart:
             bound |= {node for node, form in forms.of.items() if form is None}
         held = {form for form in apart if form is not None}
@@ -75,6 +78,7 @@ def _forms(root: fx.Node, origins: IntegerOrigins) -> _Forms:
     pending = [root]
     for node in pending:
         for user in node.users:
+            forms.handed |= walk.is_higher_order(user) and _is_low(node)
             forms.stored |= user.op == "output" and _is_low(node)
             if user.op != "call_function" or user.target in METADATA or user in origins.sinks:
                 continue

@@ -27,7 +27,6 @@ class Lift:
     Attributes:
         raised: region node → the node that holds its value unrounded: itself, or the float32 source of a cast.
         left: casts of the region that stay for those who take the rounded value.
-        meetings: nodes outside the region that take a rounded value.
         compared: comparisons that are now made in float32.
     """
 
@@ -37,7 +36,6 @@ class Lift:
         self.bound = region.bound
         self.raised: dict[fx.Node, fx.Node] = {}
         self.left: set[fx.Node] = set()
-        self.meetings: dict[fx.Node, None] = {}
         self.compared: set[fx.Node] = set()
         self._made: set[fx.Node] = set()
         self._were_low: set[fx.Node] = set()
@@ -155,7 +153,6 @@ class Lift:
             elif not self._is_low(node) or (node not in self.bound and promotes(user)):
                 self._hand_over(node, high, user)
             else:
-                self.meetings[user] = None
                 if high is node:
                     user.replace_input_with(node, self._restore(node))
                 else:

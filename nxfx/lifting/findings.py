@@ -8,14 +8,18 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules, ranges
-from nxfx.analysis.float_ops import FAMILIES, METADATA, PERIODIC, SENSITIVE, Family, dtype_of, op_name
+from nxfx.analysis.float_ops import MAGNIFIERS, METADATA, PERIODIC, SENSITIVE, Family, dtype_of, family_of, is_pointwise, op_name
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
 from nxfx.analysis.provenance import Source
 from nxfx.analysis.rounded_tables import rounded_table_errors
+from nxfx.graph import walk
 from nxfx.lifting.edits import Lift
 from nxfx.lifting.words import described, exact_limit, short
 from nxfx.report.findings import Finding, Severity
 from nxfx.report.locations import locate
+
+aten = torch.ops.aten
+_FAR = 32  # nodes after which nothing is said any more
 
 
 def kept(origins: IntegerOrigins, lift: Lift) -> list[Finding]:
@@ -27,7 +31,8 @@ def kept(origins: IntegerOrigins, lift: Lift) -> list[Finding]:
         if entry.mask:
             found.append(_rounded(node, entry, "is taken for a 0/1 mask, since it is used as 1 - x", origins))
         elif node in lift.left or node not in lift.raised:
-            what = f"is rounded to {short(dtype_of(node))} as it meets an activation"
+            body = next((u for u in node.users if walk.is_higher_order(u)), None)
+            what = f"is rounded to {short(dtype_of(node))} as it {f'goes into {op_name(body)}' if body else 'meets an activation'}"
             found.append(_rounded(node, entry, what, origins))
     for node, integer in origins.met:
         low = next((d for d in map(dtype_of, node.all_input_nodes) if dtype_rules.is_low_precision(d)), None)
@@ -48,21 +53,56 @@ def _rounded(node: fx.Node, entry: Entry, what: str, origins: IntegerOrigins) ->
     return Finding.at(node, "NX101", severity, f"{described(entry)} {what}", fix)
 
 
-def early(origins: IntegerOrigins, lift: Lift) -> list[Finding]:
-    """Periodic functions of what was combined with an activation in low precision."""
-    found: dict[fx.Node, Finding] = {}
-    for node in (*lift.meetings, *(n for n, _ in origins.met)):
-        is_low = FAMILIES.get(node.target) is Family.COMPUTE and dtype_rules.is_low_precision(dtype_of(node))
-        pending = list(node.users)[:8] if is_low else []
-        for user in pending:
-            if user.target in PERIODIC:
-                low = short(dtype_of(node))
-                message = f"{low} rounds positions combined with an activation before {op_name(user)}"
+def early(graph: fx.Graph, origins: IntegerOrigins) -> list[Finding]:
+    """Ops that magnify what low precision has rounded of integers and an activation together: neither is made of integers alone."""
+    found = []
+    for target in MAGNIFIERS:
+        for node in graph.find_nodes(op="call_function", target=target):
+            is_index = dtype_rules.is_integral(dtype_of(node)) and dtype_of(node) is not torch.bool
+            if target is aten._to_copy.default and not is_index:
+                continue
+            met = _meeting(node, origins)
+            if met is not None:
+                low, what = short(dtype_of(met)), "an integer is made of them" if is_index else op_name(node)
+                message = f"{low} rounds positions combined with an activation ({op_name(met)}) before {what}"
                 fix = "cast the activation to float32 before it is combined with positions, and back after that"
-                found[user] = Finding.at(user, "NX103", Severity.WARNING, message, fix)
-            elif FAMILIES.get(user.target) is Family.MOVE and len(pending) < 32:
-                pending += list(user.users)[:8]
-    return list(found.values())
+                found.append(Finding.at(node, "NX103", Severity.WARNING, message, fix))
+    return found
+
+
+def _meeting(node: fx.Node, origins: IntegerOrigins) -> fx.Node | None:
+    """Where integer-derived values went into the low-precision activation that ``node`` reads; None where they did not."""
+    pending = [v for v in node.all_input_nodes if _is_activation(v, origins)]
+    seen = set(pending)
+    for reached in pending:
+        if dtype_rules.is_low_precision(dtype_of(reached)) and any(_is_position(v, origins) for v in reached.all_input_nodes):
+            return reached
+        if len(seen) < _FAR and (is_pointwise(reached) or family_of(reached) in (Family.CAST, Family.MOVE, Family.SELECT)):
+            fresh = [v for v in reached.all_input_nodes if v not in seen and _is_activation(v, origins)]
+            seen.update(fresh)
+            pending += fresh
+    return None
+
+
+def _is_activation(value: fx.Node, origins: IntegerOrigins) -> bool:
+    dtype = dtype_of(value)
+    return value.op == "call_function" and value not in origins.members and dtype is not None and dtype.is_floating_point
+
+
+def _is_position(value: fx.Node, origins: IntegerOrigins) -> bool:
+    """Whether ``value`` is an integer or is made of some, other than by waves, which are no larger than one."""
+    if dtype_rules.is_integral(dtype_of(value)):
+        return dtype_of(value) is not torch.bool and not ranges.fits(origins.exact.bounds(value)[0], (-1, 1))
+    pending, seen = [value], {value}
+    for reached in pending:
+        if reached.target in PERIODIC or len(seen) > _FAR:
+            return False
+        member = origins.members.get(reached)
+        fresh = [v for v in (member.values if member is not None else ()) if isinstance(v, fx.Node) and v not in seen]
+        seen.update(fresh)
+        pending += fresh
+    found = origins.members.get(value)
+    return found is not None and found.integer
 
 
 def tables(origins: IntegerOrigins, sources: Mapping[str, Source]) -> list[Finding]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import fx
 
+from nxfx.analysis import dtype_rules, ranges
 from nxfx.analysis.constants import written_constants
+from nxfx.analysis.integer_origin import IntegerOrigins
 from nxfx.analysis.provenance import Role, Source
 from nxfx.analysis.write_plan import WRITERS
 from nxfx.graph import meta, storage
@@ -24,7 +27,11 @@ def fold_constants(step: Pass, graph_module: fx.GraphModule, context: PassContex
     """Compute them; equal results are one constant, which the graph module owns (Swin's window masks)."""
     graph = graph_module.graph
     build, known, rewrites = NodeBuilder(graph, step.name), {}, []
-    for node, value in written_constants(graph, context.sources, WRITERS).items():
+    found = written_constants(graph, context.sources, WRITERS)
+    rounded = _rounded(found, graph_module, context)
+    for node, value in found.items():
+        if node in rounded:
+            continue
         fake = meta.val(node)
         key = (value.dtype, value.shape, value.stride(), fake.device, _digest(value))
         if key not in known:
@@ -40,6 +47,15 @@ def fold_constants(step: Pass, graph_module: fx.GraphModule, context: PassContex
         node.replace_all_uses_with(made)
         erase_unused(graph, [node])
     return rewrites
+
+
+def _rounded(found: Iterable[fx.Node], graph_module: fx.GraphModule, context: PassContext) -> set[fx.Node]:
+    """What low precision rounds of integers on the way: lift-int-casts, which comes later, computes it unrounded."""
+    low = {n for n in found if dtype_rules.is_low_precision(meta.dtype_of(n))}
+    if not low:
+        return set()
+    origins = IntegerOrigins(graph_module, context.sources, lambda: ranges.analyse(graph_module, context.sources, context.requirements))
+    return {n for n in low if (member := origins.of(n)) is not None and member.integer and member.rounded}
 
 
 def _digest(value: torch.Tensor) -> bytes:
