@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 import nxfx
+from nxfx.capture.export import capture
+from nxfx.report import locate
 from nxfx.verification.equivalence import compare
 
 R = torch.randn
@@ -470,6 +472,27 @@ def _regions(s: Any, x: torch.Tensor) -> Any:
 @pytest.mark.parametrize("around", [contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["none", "bf16"])
 def test_autocast_of_the_caller_and_of_the_model(around: Any) -> None:
     agree(lambda: Fn(_regions), m34, m34, around=around)
+
+
+def test_a_region_keeps_the_lines_and_modules_of_its_ops() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                product = x @ x.t()
+                with torch.autocast("cpu", enabled=False):
+                    bounded = product.tanh()
+            with torch.enable_grad():
+                raised = bounded.exp()
+            with torch.no_grad():
+                return raised.log()
+
+    for training in (False, True):
+        captured = capture(nn.Sequential(nn.Identity(), Inner()), m34(), training=training)
+        found = {n.target: locate(n) for n in captured.graph_module.graph.nodes}
+        for op in ("t", "matmul", "tanh", "exp", "log"):
+            location = found[getattr(torch.ops.aten, op).default]
+            assert (location.file, location.module) == (__file__, "1")
+            assert ("@" if op == "matmul" else op) in location.source
 
 
 def test_autocast_is_in_the_graph() -> None:
