@@ -495,6 +495,28 @@ def test_a_region_keeps_the_lines_and_modules_of_its_ops() -> None:
             assert ("@" if op == "matmul" else op) in location.source
 
 
+ROWS: dict[str, Callable[..., Any]] = {
+    "cast": lambda s, x: torch.vmap(lambda row: (row.to(torch.bfloat16) * s.scale.to(torch.bfloat16)).cos())(x),
+    "promotion": lambda s, x: torch.vmap(lambda row: s.scale.to(torch.bfloat16) * row.long())(x),
+    "views": lambda s, x: torch.vmap(lambda row: row.reshape(2, 2).t().contiguous().to(torch.float16))(x),
+    "in-dim": lambda s, x: torch.vmap(lambda a, b: a @ b, in_dims=(1, None))(x, x[:, 0].float()),
+    "nested": lambda s, x: torch.vmap(lambda row: torch.vmap(lambda one: one.to(torch.float16) * row.sum())(row))(x),
+    "tuple": lambda s, x: torch.vmap(lambda row: (row.sum(), row.to(torch.int32)))(x),
+    "chunks": lambda s, x: torch.vmap(lambda row: row.to(torch.float64).cumsum(0), chunk_size=2)(x),
+    "index": lambda s, x: torch.vmap(lambda i, row: row[i].to(torch.bfloat16))(torch.tensor([[2, 0], [1, 1], [3, 0]]), x),
+    "write": lambda s, x: torch.vmap(lambda row: row.clone().mul_(2).to(torch.bfloat16))(x),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("verify_each", [False, True], ids=["", "verify-each"])
+def test_vmap_is_in_the_graph(rows: str, verify_each: bool) -> None:
+    model, (x,) = Fn(ROWS[rows], scale=torch.tensor([1.0, -0.0, torch.inf, torch.nan])), m34()
+    prepared = nxfx.prepare(model, (x,), verify_each=verify_each)
+    for around in (x, x[[2, 0, 1]] * 1e30, torch.full_like(x, -0.0), x.t().contiguous().t()):
+        same(model(around), prepared(around))
+
+
 def test_autocast_is_in_the_graph() -> None:
     """The compiler gets the graph only: no ambient autocast."""
     prepared = nxfx.prepare(_linear())
