@@ -495,6 +495,19 @@ def test_a_region_keeps_the_lines_and_modules_of_its_ops() -> None:
             assert ("@" if op == "matmul" else op) in location.source
 
 
+def test_a_view_of_written_memory_has_a_line() -> None:
+    """A retrace makes it anew at the end, where torch knows no line: it has that of the write."""
+
+    def model(s: Any, x: torch.Tensor) -> Any:
+        z = x.clone()
+        z.mul_(2)
+        return z.view(-1), z[0].unsqueeze(0)
+
+    nodes = capture(Fn(model), m34()).graph_module.graph.find_nodes
+    for op in (torch.ops.aten.view.default, torch.ops.aten.select.int, torch.ops.aten.unsqueeze.default):
+        assert [locate(n).source for n in nodes(op="call_function", target=op)] == ["z.mul_(2)"]
+
+
 ROWS: dict[str, Callable[..., Any]] = {
     "cast": lambda s, x: torch.vmap(lambda row: (row.to(torch.bfloat16) * s.scale.to(torch.bfloat16)).cos())(x),
     "promotion": lambda s, x: torch.vmap(lambda row: s.scale.to(torch.bfloat16) * row.long())(x),

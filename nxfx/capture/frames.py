@@ -56,6 +56,14 @@ def traces_in_regions() -> Iterator[None]:
             kind.__call__ = original  # type: ignore[method-assign]
 
 
+def lend_traces(gm: fx.GraphModule) -> None:
+    """A retrace makes views of written memory anew once all ops have run: without a line of their own they take their operand's."""
+    for node in gm.graph.nodes:
+        traced = [n for n in node.all_input_nodes if "stack_trace" in n.meta]
+        if node.op == "call_function" and "stack_trace" not in node.meta and traced:
+            node.meta |= {key: traced[0].meta[key] for key in ("stack_trace", "nn_module_stack") if key in traced[0].meta}
+
+
 def _node_by_node(call: Any) -> Any:
     def interpreted(region: Any, *args: Any, **kwargs: Any) -> Any:
         with node_meta.preserve_node_meta():
