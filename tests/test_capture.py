@@ -512,6 +512,7 @@ ROWS: dict[str, Callable[..., Any]] = {
     "cast": lambda s, x: torch.vmap(lambda row: (row.to(torch.bfloat16) * s.scale.to(torch.bfloat16)).cos())(x),
     "promotion": lambda s, x: torch.vmap(lambda row: s.scale.to(torch.bfloat16) * row.long())(x),
     "views": lambda s, x: torch.vmap(lambda row: row.reshape(2, 2).t().contiguous().to(torch.float16))(x),
+    "out-dim": lambda s, x: torch.vmap(lambda row: (row.reshape(2, 2).half(), row, row.sum()), out_dims=(-1, 1, 0))(x),
     "in-dim": lambda s, x: torch.vmap(lambda a, b: a @ b, in_dims=(1, None))(x, x[:, 0].float()),
     "nested": lambda s, x: torch.vmap(lambda row: torch.vmap(lambda one: one.to(torch.float16) * row.sum())(row))(x),
     "tuple": lambda s, x: torch.vmap(lambda row: (row.sum(), row.to(torch.int32)))(x),
