@@ -1,7 +1,10 @@
 """Complex values as pairs of real ones: what each op makes of real and imaginary parts. Neuron has no complex numbers (NCC_EVRF004).
 
 A part that is exactly zero everywhere (a real number made complex) is None: nothing is computed with it. Products are the four of the
-definition; sums of two of them round as the complex kernels do, up to the order of fused operations.
+definition; sums of two of them round as the complex kernels do, up to the order of fused operations. An infinity or nan in
+one part times the zero of a real number makes nan of the other part too in a complex kernel, not here; no other nan is made.
+
+Every real operand is first converted to the real dtype of the complex result, as the complex op converts it.
 """
 
 from __future__ import annotations
@@ -45,13 +48,27 @@ class RealPairs:
         self.build, self.uniform = build, uniform
         self.pairs: dict[fx.Node, Pair] = {}
 
-    def of(self, value: Any) -> Pair:
-        """The pair of a complex node, a real node or a number."""
+    def of(self, value: Any, dtype: torch.dtype) -> Pair:
+        """The pair of a complex node, a real node or a number, as an op of the complex ``dtype`` computes with it."""
         if isinstance(value, complex):
             return (value.real or None, value.imag or None)
         if isinstance(value, (int, float)):
             return (float(value) or None, None)
-        return self.pairs.get(value, (value, None))
+        real, imaginary = self.pairs.get(value, (value, None))
+        return self._as(dtype, real), self._as(dtype, imaginary)
+
+    def operands(self, node: fx.Node, count: int = 1) -> list[Pair]:
+        """The pairs of the first ``count`` arguments of ``node``, which has a complex result."""
+        return [self.of(value, meta.val(node).dtype) for value in node.args[:count]]
+
+    def read(self, node: fx.Node, *positions: int) -> list[fx.Node]:
+        """Those parts of the complex value that ``node`` reads, whole."""
+        like = meta.val(node.args[0])  # type: ignore[arg-type]
+        pair = self.of(node.args[0], like.dtype)
+        return [self.whole(pair[position], like, like.dtype) for position in positions]
+
+    def _as(self, dtype: torch.dtype, part: Part) -> Part:
+        return self.build.cast(part, REAL[dtype]) if isinstance(part, fx.Node) else part
 
     # --- arithmetic on parts; None is an exact zero ------------------------------------------------------------------
 
@@ -92,11 +109,11 @@ class RealPairs:
         done = [self.build.call(op, part, *args, **kwargs) if isinstance(part, fx.Node) else part for part in pair]
         return done[0], done[1]
 
-    def whole(self, part: Part, like: torch.Tensor) -> fx.Node:
-        """A part as a tensor of the shape of the complex value ``like``."""
+    def whole(self, part: Part, like: torch.Tensor, dtype: torch.dtype) -> fx.Node:
+        """A part of a value of the complex ``dtype`` as a tensor of the shape of ``like``."""
         number = part if isinstance(part, float) else 0.0
         if not isinstance(part, fx.Node):
-            return self.build.call(aten.full.default, list(like.shape), number, dtype=REAL[like.dtype], device=like.device)
+            return self.build.call(aten.full.default, list(like.shape), number, dtype=REAL[dtype], device=like.device)
         if str(meta.val(part).shape) != str(like.shape):
             return self.build.call(aten.expand.default, part, list(like.shape))
         return part
@@ -125,45 +142,46 @@ def _of_last_dim(pairs: RealPairs, node: fx.Node) -> Pair | None:
 
 
 def _exponential(pairs: RealPairs, node: fx.Node) -> Pair | None:
-    real, imaginary = pairs.of(node.args[0])
-    if isinstance(real, float) or not isinstance(imaginary, fx.Node):
+    ((real, imaginary),) = pairs.operands(node)
+    if (isinstance(real, float) and real) or not isinstance(imaginary, fx.Node):
         return None
     cos, sin = pairs.build.call(aten.cos.default, imaginary), pairs.build.call(aten.sin.default, imaginary)
-    size = None if real is None else pairs.build.call(aten.exp.default, real)
+    size = pairs.build.call(aten.exp.default, real) if isinstance(real, fx.Node) else None
     return (cos, sin) if size is None else (pairs.times(size, cos), pairs.times(size, sin))
 
 
 def _product(pairs: RealPairs, node: fx.Node) -> Pair | None:
-    (a, b), (c, d) = pairs.of(node.args[0]), pairs.of(node.args[1])
+    (a, b), (c, d) = pairs.operands(node, 2)
     return pairs.sum_of_products(a, c, b, d, -1), pairs.sum_of_products(a, d, b, c, 1)
 
 
 def _quotient(pairs: RealPairs, node: fx.Node) -> Pair | None:
     """By something real."""
-    divisor, imaginary = pairs.of(node.args[1])
-    pair = pairs.of(node.args[0])
+    pair, (divisor, imaginary) = pairs.operands(node, 2)
     if imaginary is not None or divisor is None or any(isinstance(part, float) for part in pair):
         return None
+    if isinstance(divisor, fx.Node):  # complex division takes the sign off a zero
+        divisor = pairs.build.call(aten.add.Tensor, divisor, 0.0)
     return pairs.each(aten.div.Tensor, pair, divisor)
 
 
-def _sum(op: Any) -> Rule:
+def _sum(op: Any, order: int = 1) -> Rule:
     def rule(pairs: RealPairs, node: fx.Node) -> Pair | None:
         if arg(node, 2, "alpha", 1) != 1:
             return None
-        (a, b), (c, d) = pairs.of(node.args[0]), pairs.of(node.args[1])
+        (a, b), (c, d) = pairs.operands(node, 2)[::order]
         return pairs.plus(a, c, op), pairs.plus(b, d, op)
 
     return rule
 
 
 def _conjugate(pairs: RealPairs, node: fx.Node) -> Pair | None:
-    real, imaginary = pairs.of(node.args[0])
-    return real, pairs.negative(imaginary)
+    ((real, imaginary),) = pairs.operands(node)
+    return real, -0.0 if imaginary is None else pairs.negative(imaginary)
 
 
 def _negative(pairs: RealPairs, node: fx.Node) -> Pair | None:
-    real, imaginary = pairs.of(node.args[0])
+    ((real, imaginary),) = pairs.operands(node)
     return pairs.negative(real), pairs.negative(imaginary)
 
 
@@ -171,32 +189,27 @@ def _cast(pairs: RealPairs, node: fx.Node) -> Pair | None:
     """To a complex dtype or another device."""
     if set(node.kwargs) - {"dtype", "device"}:
         return None
-    real = REAL[meta.val(node).dtype]
-    kwargs = {**node.kwargs, "dtype": real}
-    done: list[Part] = []
-    for part in pairs.of(node.args[0]):
-        same = isinstance(part, fx.Node) and meta.dtype_of(part) == real and "device" not in kwargs
-        done.append(pairs.build.call(aten._to_copy.default, part, **kwargs) if isinstance(part, fx.Node) and not same else part)
-    return done[0], done[1]
+    (pair,) = pairs.operands(node)
+    return pairs.each(aten._to_copy.default, pair, device=node.kwargs["device"]) if "device" in node.kwargs else pair
 
 
 def _moved(pairs: RealPairs, node: fx.Node) -> Pair | None:
     """An op that rearranges its first argument."""
+    (pair,) = pairs.operands(node)
     try:
-        return pairs.each(node.target, pairs.of(node.args[0]), *node.args[1:], **node.kwargs)
+        return pairs.each(node.target, pair, *node.args[1:], **node.kwargs)
     except RuntimeError:
         if node.target is not aten.view.default:
             raise
-        return pairs.each(aten.reshape.default, pairs.of(node.args[0]), *node.args[1:])  # a part can be laid out otherwise
+        return pairs.each(aten.reshape.default, pair, *node.args[1:])  # a part can be laid out otherwise
 
 
 def _joined(pairs: RealPairs, node: fx.Node) -> Pair | None:
-    parts: Any = node.args[0]
-    done = [
-        pairs.build.call(node.target, [pairs.whole(pairs.of(n)[i], meta.val(n)) for n in parts], *node.args[1:], **node.kwargs)  # type: ignore[arg-type]
-        for i in (0, 1)
-    ]
-    return done[0], done[1]
+    joined: Any = node.args[0]
+    dtype, op = meta.val(node).dtype, node.target
+    wholes = [[pairs.whole(part, meta.val(n), dtype) for part in pairs.of(n, dtype)] for n in joined]
+    real, imaginary = (pairs.build.call(op, list(parts), *node.args[1:], **node.kwargs) for parts in zip(*wholes, strict=True))  # type: ignore[arg-type]
+    return real, imaginary
 
 
 _MOVES = [
@@ -215,6 +228,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys([aten.div.Tensor, aten.div.Scalar], _quotient),
     **dict.fromkeys([aten.add.Tensor, aten.add.Scalar], _sum(aten.add.Tensor)),
     **dict.fromkeys([aten.sub.Tensor, aten.sub.Scalar], _sum(aten.sub.Tensor)),
+    **dict.fromkeys([aten.rsub.Tensor, aten.rsub.Scalar], _sum(aten.sub.Tensor, order=-1)),
     **dict.fromkeys([aten._conj.default, aten.conj.default, aten.conj_physical.default, aten._conj_physical.default], _conjugate),
     aten.neg.default: _negative,
     aten._to_copy.default: _cast,
@@ -223,27 +237,19 @@ RULES: dict[Any, Rule] = {
 
 
 def _as_real(pairs: RealPairs, node: fx.Node) -> fx.Node:
-    like = meta.val(node.args[0])  # type: ignore[arg-type]
-    return pairs.build.call(aten.stack.default, [pairs.whole(part, like) for part in pairs.of(node.args[0])], -1)
+    return pairs.build.call(aten.stack.default, pairs.read(node, 0, 1), -1)
 
 
 def _one_part(position: int) -> Callable[[RealPairs, fx.Node], fx.Node]:
-    def rule(pairs: RealPairs, node: fx.Node) -> fx.Node:
-        return pairs.whole(pairs.of(node.args[0])[position], meta.val(node.args[0]))  # type: ignore[arg-type]
-
-    return rule
+    return lambda pairs, node: pairs.read(node, position)[0]
 
 
 def _size(pairs: RealPairs, node: fx.Node) -> fx.Node:
-    like = meta.val(node.args[0])  # type: ignore[arg-type]
-    real, imaginary = (pairs.whole(part, like) for part in pairs.of(node.args[0]))
-    return pairs.build.call(aten.hypot.default, real, imaginary)
+    return pairs.build.call(aten.hypot.default, *pairs.read(node, 0, 1))
 
 
 def _angle(pairs: RealPairs, node: fx.Node) -> fx.Node:
-    like = meta.val(node.args[0])  # type: ignore[arg-type]
-    real, imaginary = (pairs.whole(part, like) for part in pairs.of(node.args[0]))
-    return pairs.build.call(aten.atan2.default, imaginary, real)
+    return pairs.build.call(aten.atan2.default, *pairs.read(node, 1, 0))
 
 
 READERS: dict[Any, Callable[[RealPairs, fx.Node], fx.Node]] = {

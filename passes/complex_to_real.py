@@ -23,7 +23,8 @@ class ComplexToReal(Pass):
     buffer, by products, sums, quotients by something real, conjugates and whatever moves elements, to ``view_as_real``, ``real``,
     ``imag``, ``abs`` or ``angle``. A complex buffer (``freqs_cis``) enters the graph as a real one with a last dimension of two, kept up to
     date with the model's. What is left complex (an FFT, a complex input or output) is reported by check-constraints, NX502.
-    Class: ``refines``: the same products and sums, rounded as real ones.
+    Class: ``refines``: the same products and sums, rounded as real ones, in the dtypes of the complex ones. A product with a real number is
+    two: where a complex kernel makes nan of the one part, as it multiplies an infinity in the other by the zero that it adds, none is made.
 
     Given::
 
@@ -124,7 +125,7 @@ class _Made:
                 if pair is None:
                     break
                 like = meta.val(node)
-                whole = (self.pairs.whole(p, like) if isinstance(p, fx.Node) else p for p in pair)
+                whole = (self.pairs.whole(p, like, like.dtype) if isinstance(p, fx.Node) else p for p in pair)
                 self.pairs.pairs[node] = tuple(whole)  # type: ignore[assignment]
         else:
             return True

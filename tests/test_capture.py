@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 import nxfx
+from nxfx.capture.export import capture
+from nxfx.report import locate
 from nxfx.verification.equivalence import compare
 
 R = torch.randn
@@ -470,6 +472,63 @@ def _regions(s: Any, x: torch.Tensor) -> Any:
 @pytest.mark.parametrize("around", [contextlib.nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["none", "bf16"])
 def test_autocast_of_the_caller_and_of_the_model(around: Any) -> None:
     agree(lambda: Fn(_regions), m34, m34, around=around)
+
+
+def test_a_region_keeps_the_lines_and_modules_of_its_ops() -> None:
+    class Inner(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                product = x @ x.t()
+                with torch.autocast("cpu", enabled=False):
+                    bounded = product.tanh()
+            with torch.enable_grad():
+                raised = bounded.exp()
+            with torch.no_grad():
+                return raised.log()
+
+    for training in (False, True):
+        captured = capture(nn.Sequential(nn.Identity(), Inner()), m34(), training=training)
+        found = {n.target: locate(n) for n in captured.graph_module.graph.nodes}
+        for op in ("t", "matmul", "tanh", "exp", "log"):
+            location = found[getattr(torch.ops.aten, op).default]
+            assert (location.file, location.module) == (__file__, "1")
+            assert ("@" if op == "matmul" else op) in location.source
+
+
+def test_a_view_of_written_memory_has_a_line() -> None:
+    """A retrace makes it anew at the end, where torch knows no line: it has that of the write."""
+
+    def model(s: Any, x: torch.Tensor) -> Any:
+        z = x.clone()
+        z.mul_(2)
+        return z.view(-1), z[0].unsqueeze(0)
+
+    nodes = capture(Fn(model), m34()).graph_module.graph.find_nodes
+    for op in (torch.ops.aten.view.default, torch.ops.aten.select.int, torch.ops.aten.unsqueeze.default):
+        assert [locate(n).source for n in nodes(op="call_function", target=op)] == ["z.mul_(2)"]
+
+
+ROWS: dict[str, Callable[..., Any]] = {
+    "cast": lambda s, x: torch.vmap(lambda row: (row.to(torch.bfloat16) * s.scale.to(torch.bfloat16)).cos())(x),
+    "promotion": lambda s, x: torch.vmap(lambda row: s.scale.to(torch.bfloat16) * row.long())(x),
+    "views": lambda s, x: torch.vmap(lambda row: row.reshape(2, 2).t().contiguous().to(torch.float16))(x),
+    "out-dim": lambda s, x: torch.vmap(lambda row: (row.reshape(2, 2).half(), row, row.sum()), out_dims=(-1, 1, 0))(x),
+    "in-dim": lambda s, x: torch.vmap(lambda a, b: a @ b, in_dims=(1, None))(x, x[:, 0].float()),
+    "nested": lambda s, x: torch.vmap(lambda row: torch.vmap(lambda one: one.to(torch.float16) * row.sum())(row))(x),
+    "tuple": lambda s, x: torch.vmap(lambda row: (row.sum(), row.to(torch.int32)))(x),
+    "chunks": lambda s, x: torch.vmap(lambda row: row.to(torch.float64).cumsum(0), chunk_size=2)(x),
+    "index": lambda s, x: torch.vmap(lambda i, row: row[i].to(torch.bfloat16))(torch.tensor([[2, 0], [1, 1], [3, 0]]), x),
+    "write": lambda s, x: torch.vmap(lambda row: row.clone().mul_(2).to(torch.bfloat16))(x),
+}
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("verify_each", [False, True], ids=["", "verify-each"])
+def test_vmap_is_in_the_graph(rows: str, verify_each: bool) -> None:
+    model, (x,) = Fn(ROWS[rows], scale=torch.tensor([1.0, -0.0, torch.inf, torch.nan])), m34()
+    prepared = nxfx.prepare(model, (x,), verify_each=verify_each)
+    for around in (x, x[[2, 0, 1]] * 1e30, torch.full_like(x, -0.0), x.t().contiguous().t()):
+        same(model(around), prepared(around))
 
 
 def test_autocast_is_in_the_graph() -> None:

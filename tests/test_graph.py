@@ -54,6 +54,17 @@ class Outer(nn.Module):
         return self.inner(x) + 1
 
 
+class Fn(nn.Module):
+    """A function of tensors as a module."""
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, p: torch.Tensor, mask: torch.Tensor, h: torch.Tensor, n: torch.Tensor) -> Any:
+        return self.fn(p, mask, h, n)
+
+
 # -- the builder ------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +195,42 @@ def test_invariants_hold_of_attributes_too() -> None:
     add = named(captured.gm, aten.add.Tensor)
     add.update_arg(1, node)
     assert any(b.rule == "has-val" and b.node == node.name for b in invariants.check(captured.gm))
+
+
+CHOSEN = (torch.arange(6), torch.tensor([True, False] * 3), torch.randn(3, 2), torch.tensor(3))
+
+
+def _chosen(p: torch.Tensor, mask: torch.Tensor, h: torch.Tensor, n: torch.Tensor) -> Any:
+    count = n.item()
+    torch._check(count == 3)
+    return h * p[mask][:, None] + torch.nonzero(mask) + torch.full((count, 1), 2.0), h[:count]
+
+
+def test_a_size_that_data_decide_may_be_settled_by_a_later_op() -> None:
+    captured = graph_of(_chosen, CHOSEN)
+    assert any(n.target is aten.index.Tensor and list(meta.val(n).shape) == [3] for n in captured.gm.graph.nodes)
+    assert invariants.check(captured.gm) == []
+    prepared = nxfx.prepare(Fn(_chosen), CHOSEN, verify_each=True)
+    outcome = compare(_chosen(*CHOSEN), prepared(*CHOSEN))
+    assert outcome.ok, outcome.mismatches
+
+
+@pytest.mark.parametrize(
+    ("op", "shape"),
+    [
+        (aten.index.Tensor, [7]),  # of six elements
+        (aten.index.Tensor, [3, 1]),
+        (aten.unsqueeze.default, [4, 1]),  # of [3]
+        (aten.nonzero.default, [3, 2]),
+    ],
+    ids=str,
+)
+def test_a_size_that_data_decide_excuses_no_other(op: Any, shape: list[int]) -> None:
+    captured = graph_of(_chosen, CHOSEN)
+    node = named(captured.gm, op)
+    node.meta.pop("unbacked_bindings", None)
+    node.meta["val"] = meta.contiguous(meta.val(node), shape, meta.val(node).dtype)
+    assert ("val-is-true", node.name) in {(b.rule, b.node) for b in invariants.check(captured.gm)}
 
 
 # -- the boundary -----------------------------------------------------------------------------------------------------

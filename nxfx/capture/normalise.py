@@ -1,4 +1,4 @@
-"""The normal form: functional ATen, no ``aten.to``, no aliasing composite, no grad-mode or autocast region.
+"""The normal form: functional ATen, no ``aten.to``, no aliasing composite, no grad-mode or autocast region, no ``torch.vmap``.
 
 ``ExportedProgram.run_decompositions({})`` gives it by retracing the whole graph. Where the captured graph mutates nothing a
 node-local rewrite reaches the same form for a fraction of the time; golden tests hold the two equal.
@@ -18,6 +18,8 @@ from nxfx.graph.builder import NodeBuilder
 aten = torch.ops.aten
 
 _TO = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.to.other, aten.to.prim_Device, aten.to.prim_dtype})
+# The module of the calls that stand around a ``torch.vmap``: between them ops are recorded, and valued, as written for one row.
+_TRANSFORMS = "torch._functorch.predispatch"
 _LOCAL = _TO | {aten.reshape.default, aten.contiguous.default, aten.lift_fresh_copy.default}
 
 
@@ -25,7 +27,7 @@ _LOCAL = _TO | {aten.reshape.default, aten.contiguous.default, aten.lift_fresh_c
 def _is_normal(op: Any) -> bool:
     """Functional, and neither composite nor aliasing at once: ``run_decompositions({})`` leaves such an op alone."""
     if not isinstance(op, torch._ops.OpOverload):
-        return True
+        return getattr(op, "__module__", "") != _TRANSFORMS
     if op._schema.is_mutable:
         return False
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), "CompositeImplicitAutograd")
@@ -34,7 +36,7 @@ def _is_normal(op: Any) -> bool:
 
 
 def needs_functionalisation(gm: fx.GraphModule) -> bool:
-    """Whether the graph mutates, holds a region (grad mode, autocast) or an op that only a retrace brings to normal form."""
+    """Whether the graph mutates, holds a region (grad mode, autocast, vmap) or an op that only a retrace brings to normal form."""
     for scope in walk.scopes(gm):
         for node in scope.graph_module.graph.nodes:
             if node.op != "call_function":

@@ -18,7 +18,7 @@ from nxfx.analysis.provenance import Source
 from nxfx.capture import branches, errors, normalise
 from nxfx.capture.counters import Count
 from nxfx.capture.found_positions import drop_unused
-from nxfx.capture.frames import whole_traces
+from nxfx.capture.frames import lend_traces, traces_in_regions, whole_traces
 from nxfx.capture.interception import Session, interception
 from nxfx.capture.outside import OutsideState, foreign_tensors
 from nxfx.capture.shell import Convention, RegisteredMisfit, Shell
@@ -262,7 +262,9 @@ def _normal_form(program: torch.export.ExportedProgram) -> torch.export.Exported
     check_writes(program)
     # Under autocast the captured ops stand as the model wrote them: only a retrace puts the casts into the graph.
     if autocast_state() is not None or normalise.needs_functionalisation(program.graph_module):
-        retraced: torch.export.ExportedProgram = program.run_decompositions({})
+        with traces_in_regions():
+            retraced: torch.export.ExportedProgram = program.run_decompositions({})
+        lend_traces(retraced.graph_module)
         return retraced
     normalise.normalise(program.graph_module)
     return program

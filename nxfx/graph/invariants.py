@@ -123,8 +123,35 @@ def _re_evaluate(node: fx.Node, mode: meta.FakeTensorMode | None) -> Iterator[Br
     except Exception as error:
         yield Broken("evaluates", node.name, f"{node.target} refuses its inputs: {type(error).__name__}: {str(error).splitlines()[0]}")
         return
-    if _describe(again) != _describe(meta.val(node)):
+    if not _confirms(again, meta.val(node), {symbol for operand in node.all_input_nodes for symbol in _symbols(meta.val(operand))}):
         yield Broken("val-is-true", node.name, f"`val` says {_describe(meta.val(node))}, {node.target} gives {_describe(again)}")
+
+
+def _confirms(again: Any, said: Any, known: set[Any]) -> bool:
+    """Whether a value that is evaluated ``again`` is what ``val`` ``said``.
+
+    A size that the data decide is a new symbol each time, none of those ``known`` of the operands: the model may have settled it since.
+    """
+    if isinstance(again, (list, tuple)) and isinstance(said, (list, tuple)):
+        return len(again) == len(said) and all(_confirms(a, b, known) for a, b in zip(again, said, strict=True))
+    if isinstance(again, torch.Tensor) and isinstance(said, torch.Tensor) and again.dim() == said.dim():
+        return again.dtype == said.dtype and all(_settles(b, a, known) for a, b in zip(again.shape, said.shape, strict=True))
+    return _describe(again) == _describe(said) or _settles(said, again, known)
+
+
+def _settles(size: Any, again: Any, known: set[Any]) -> bool:
+    if str(size) == str(again):
+        return True
+    if not meta.is_symbol(again) or meta.symbol_of(again) in known or not isinstance(size, (int, torch.SymInt)):
+        return False
+    low, high = meta.size_range(again)
+    return not isinstance(size, int) or low <= size <= high
+
+
+def _symbols(value: Any) -> set[Any]:
+    if isinstance(value, (list, tuple, torch.Tensor)):
+        return {symbol for part in (value.shape if isinstance(value, torch.Tensor) else value) for symbol in _symbols(part)}
+    return meta.symbol_of(value).free_symbols if isinstance(value, torch.SymInt) else set()
 
 
 def _outputs(graph: fx.Graph) -> tuple[Any, ...]:
