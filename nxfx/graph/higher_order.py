@@ -73,8 +73,9 @@ def take_apart(node: fx.Node) -> Call | None:
     """
     if not walk.is_higher_order(node) or node.graph.owning_module is None:
         return None
-    bodies = [body for _, body in walk.bodies(node.graph.owning_module, node)]
-    if not bodies or any(_is_shared(node, n) for n in node.all_input_nodes if n.op == "get_attr"):
+    named = dict(walk.bodies(node.graph.owning_module, node))
+    bodies = list(named.values())
+    if not bodies or any(_is_shared(node, name) for name in named):
         return None
     name = node.target.name()  # type: ignore[union-attr]
     if name == "cond":
@@ -92,8 +93,8 @@ def take_apart(node: fx.Node) -> Call | None:
     return call if _is_whole(call) else None
 
 
-def _is_shared(node: fx.Node, body: fx.Node) -> bool:
-    named = node.graph.find_nodes(op="get_attr", target=body.target, sort=False)
+def _is_shared(node: fx.Node, body: str) -> bool:
+    named = node.graph.find_nodes(op="get_attr", target=body, sort=False)
     return len({user for same in named for user in same.users}) > 1
 
 
