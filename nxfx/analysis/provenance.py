@@ -7,6 +7,8 @@ from enum import Enum
 
 import torch
 
+_TABLE_LIMIT = 4096
+
 
 class Role(str, Enum):
     """What a placeholder or ``get_attr`` stands for."""
@@ -47,6 +49,16 @@ class Source:
     def is_known(self) -> bool:
         """Whether ``value`` may be used as a premise."""
         return self.value is not None and not self.mutated
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it holds numbers that were computed once. Of parameters those that no training changes and that have the form of
+        frequencies: the weights of a frozen model are learned all the same.
+        """
+        if self.role is not Role.PARAMETER:
+            return self.role in (Role.BUFFER, Role.CONSTANT)
+        held = self.value
+        return held is not None and not held.requires_grad and held.dim() == 1 and held.numel() <= _TABLE_LIMIT
 
 
 @dataclass(frozen=True)
