@@ -34,6 +34,7 @@ class Source:
             higher-order op's body: its bounds when undeclared inputs of the model are within theirs.
         culprit: of such an operand: the user's name for an undeclared input that ``assumed`` depends on.
         seen: of an integer input: the extremes of the example.
+        recomputed: of a constant: the float32 origin of a table that was rounded before capture.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     assumed: tuple[int, int] | None = None
     culprit: str | None = None
     seen: tuple[int, int] | None = None
+    recomputed: bool = False
 
     @property
     def is_known(self) -> bool:

@@ -17,7 +17,7 @@ from torch import fx
 
 from nxfx.analysis import dtype_rules
 from nxfx.analysis.error_bounds import UNKNOWN, Bound, bound
-from nxfx.analysis.float_ops import PERIODIC, Family, dtype_of, fill_of, op_name
+from nxfx.analysis.float_ops import PERIODIC, SENSITIVE, Family, dtype_of, fill_of, op_name
 from nxfx.analysis.integer_origin import IntegerOrigins
 from nxfx.analysis.intervals import arg
 from nxfx.analysis.provenance import Source
@@ -51,6 +51,12 @@ def rounded_table_errors(origins: IntegerOrigins, sources: Mapping[str, Source])
                 worst[table] = node, low, error
     for table, (node, low, error) in worst.items():
         yield node, sources[table.name], low, error
+
+
+def magnified_tables(origins: IntegerOrigins) -> set[fx.Node]:
+    """Tables whose rounding some op magnifies."""
+    reading = (node for node in (*origins.members, *origins.sinks) if node.target in SENSITIVE)
+    return {t for node in reading for v in node.all_input_nodes if (m := origins.of(v)) is not None for t in m.tables}
 
 
 def rounded_to(value: torch.Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
