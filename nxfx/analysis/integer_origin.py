@@ -143,7 +143,9 @@ class IntegerOrigins:
             role = source.role if source is not None and not source.mutated else None
             held, learned = role in (Role.PARAMETER, Role.BUFFER, Role.CONSTANT), role is Role.PARAMETER
             low = dtype if dtype_rules.is_low_precision(dtype) else None
-            table = Member(None, learned=learned, tables=() if learned else (node,), low=low)
+            # Whoever computes a table again says that its rounding matters: it counts as made of integers.
+            again, is_table = source is not None and source.recomputed, source is not None and source.is_table
+            table = Member(None, integer=again, learned=learned, tables=(node,) if is_table else (), low=low)
             self._tables[node] = table if held and dtype is not None and dtype.is_floating_point else None
         return self._tables[node]
 

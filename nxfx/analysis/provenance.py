@@ -7,6 +7,8 @@ from enum import Enum
 
 import torch
 
+_TABLE_LIMIT = 4096
+
 
 class Role(str, Enum):
     """What a placeholder or ``get_attr`` stands for."""
@@ -32,6 +34,7 @@ class Source:
             higher-order op's body: its bounds when undeclared inputs of the model are within theirs.
         culprit: of such an operand: the user's name for an undeclared input that ``assumed`` depends on.
         seen: of an integer input: the extremes of the example.
+        recomputed: of a constant: the float32 origin of a table that was rounded before capture.
     """
 
     name: str
@@ -42,11 +45,22 @@ class Source:
     assumed: tuple[int, int] | None = None
     culprit: str | None = None
     seen: tuple[int, int] | None = None
+    recomputed: bool = False
 
     @property
     def is_known(self) -> bool:
         """Whether ``value`` may be used as a premise."""
         return self.value is not None and not self.mutated
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it holds numbers that were computed once. Of parameters those that no training changes and that have the form of
+        frequencies: the weights of a frozen model are learned all the same.
+        """
+        if self.role is not Role.PARAMETER:
+            return self.role in (Role.BUFFER, Role.CONSTANT)
+        held = self.value
+        return held is not None and not held.requires_grad and held.dim() == 1 and held.numel() <= _TABLE_LIMIT
 
 
 @dataclass(frozen=True)

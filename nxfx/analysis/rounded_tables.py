@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.float_ops import PERIODIC, Family, dtype_of, op_name
+from nxfx.analysis.error_bounds import UNKNOWN, Bound, bound
+from nxfx.analysis.float_ops import PERIODIC, SENSITIVE, Family, dtype_of, fill_of, op_name
 from nxfx.analysis.integer_origin import IntegerOrigins
+from nxfx.analysis.intervals import arg
 from nxfx.analysis.provenance import Source
+from nxfx.analysis.range_rules import arange_arguments
 from nxfx.graph import meta
 
 # Explicit mantissa bits: what torch.finfo(...).eps is two to the minus of.
 _BITS = {torch.bfloat16: 7, torch.float16: 10}
 _SCAN_LIMIT = 1 << 22
-_UNKNOWN = (math.inf, math.inf)
 
 
 def rounded_table_errors(origins: IntegerOrigins, sources: Mapping[str, Source]) -> Iterator[tuple[fx.Node, Source, torch.dtype, float]]:
@@ -42,12 +45,18 @@ def rounded_table_errors(origins: IntegerOrigins, sources: Mapping[str, Source])
             low = low_of(table)
             if low is None:
                 continue
-            error = _Error(origins, table, low).of(angle)[1]
+            error = _Error(origins, table, low).of(angle).error
             error = 2.0 if not math.isfinite(error) else min(error, 2.0)
             if error > 0 and (table not in worst or error > worst[table][2]):
                 worst[table] = node, low, error
     for table, (node, low, error) in worst.items():
         yield node, sources[table.name], low, error
+
+
+def magnified_tables(origins: IntegerOrigins) -> set[fx.Node]:
+    """Tables whose rounding some op magnifies."""
+    reading = (node for node in (*origins.members, *origins.sinks) if node.target in SENSITIVE)
+    return {t for node in reading for v in node.all_input_nodes if (m := origins.of(v)) is not None for t in m.tables}
 
 
 def rounded_to(value: torch.Tensor | None, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -71,66 +80,100 @@ def rounded_to(value: torch.Tensor | None, dtype: torch.dtype | None) -> torch.d
 
 
 def _busy(wide: torch.Tensor, low: torch.dtype) -> torch.Tensor:
-    """Where an entry uses the last two bits of ``low``'s mantissa: those that do not were hardly rounded."""
+    """Where an entry uses the last two bits of ``low``'s mantissa: those that do not were hardly rounded, nor were small integers."""
     mantissa = torch.frexp(wide)[0] * 2 ** (_BITS[low] - 1)
-    busy: torch.Tensor = mantissa != mantissa.floor()
+    is_exact = (wide == wide.floor()) & (wide.abs() <= dtype_rules.exact_integer(low))
+    busy: torch.Tensor = (mantissa != mantissa.floor()) & ~is_exact
     return busy
 
 
 class _Error:
-    """Magnitude and error of a value, given that of one table; numbers and everything else are taken as exact."""
+    """Bounds of values, given the rounding of one table; numbers and everything else are taken as exact."""
 
     def __init__(self, origins: IntegerOrigins, table: fx.Node, low: torch.dtype) -> None:
         self.origins = origins
         self.table = table
         self.low = low
-        self._found: dict[fx.Node, tuple[float, float]] = {}
+        self._found: dict[fx.Node, Bound] = {}
 
-    def of(self, value: Any, depth: int = 48) -> tuple[float, float]:
-        """Largest magnitude and largest error of ``value``."""
+    def of(self, value: Any, depth: int = 48) -> Bound:
         if isinstance(value, (int, float)):
-            return abs(float(value)), 0.0
+            return bound(float(value), float(value))
         if not isinstance(value, fx.Node) or depth == 0:
-            return _UNKNOWN
+            return UNKNOWN
         if value not in self._found:
             self._found[value] = self._compute(value, depth)
         return self._found[value]
 
-    def _compute(self, value: fx.Node, depth: int) -> tuple[float, float]:
-        if dtype_rules.is_integral(dtype_of(value)):
-            return float(max(map(abs, self.origins.exact.bounds(value)[0]))), 0.0
+    def _compute(self, value: fx.Node, depth: int) -> Bound:
         member = self.origins.of(value)
-        if member is None:
-            return _UNKNOWN
-        if member.family is None:
+        if member is not None and member.family is None:
             return self._table(value)
         exact = self.origins.exact.of(value)
         if exact is not None:
-            return float(max(map(abs, exact))), 0.0
-        parts = [self.of(v, depth - 1) for v in member.values]
-        magnitudes, errors = [m for m, _ in parts], [e for _, e in parts]
+            return bound(*map(float, exact))
+        if member is None:
+            return UNKNOWN
         name = op_name(value)
+        if member.family is Family.FACTORY:
+            ends = {"arange": arange_arguments(value)[:2], "linspace": value.args[:2]}.get(name, (fill_of(value),))
+            return _either(self.of(v, depth - 1) for v in ends)
+        parts = [self.of(v, depth - 1) for v in member.values]
+        if name in _SUMMANDS:
+            scaled, sign = _SUMMANDS[name]
+            parts[scaled] *= self.of(arg(value, 2, "alpha", 1)) * self.of(sign)
+            return parts[0] + parts[1]
+        if member.family is Family.OUTER:
+            a, b, *added = parts  # to a product a bias
+            return sum(added, a * b)
+        if name in _RULES and not value.kwargs.get("rounding_mode"):
+            return _RULES[name](*parts)
         if member.family in (Family.CAST, Family.MOVE, Family.SELECT):
-            return max(magnitudes, default=math.inf), max(errors, default=math.inf)
-        if name in ("add", "sub", "rsub"):
-            return sum(magnitudes), sum(errors)
-        if name in ("mul", "outer") or member.family is Family.OUTER:
-            (a, da), (b, db), *added = parts  # to a product a bias
-            return _times(a, b) + sum(m for m, _ in added), _times(a, db) + _times(b, da) + sum(e for _, e in added)
-        if name == "div" and isinstance(member.values[1], (int, float)) and member.values[1]:
-            return magnitudes[0] / magnitudes[1], errors[0] / magnitudes[1]
-        return _UNKNOWN
+            return _either([*parts, self.of(0)] if name in _ZEROING else parts)
+        return UNKNOWN
 
-    def _table(self, node: fx.Node) -> tuple[float, float]:
+    def _table(self, node: fx.Node) -> Bound:
         held = self.origins.sources[node.name].value
+        is_rounded, bits = node is self.table, _BITS[self.low]
         if held is None or isinstance(held, meta.FakeTensor) or held.is_meta or held.numel() == 0:
-            return (1.0, 2.0 ** -(_BITS[self.low] + 1)) if node is self.table else (1.0, 0.0)
-        magnitudes = held.detach().double().abs()
-        if node is not self.table:
-            return float(magnitudes.max()), 0.0
-        half_ulp = torch.exp2((torch.frexp(magnitudes)[1] - _BITS[self.low] - 2).double())
-        return float(magnitudes.max()), float(torch.where(_busy(magnitudes, self.low), half_ulp, 0.0).max())
+            return bound(-1.0, 1.0, 2.0 ** -(bits + 1) if is_rounded else 0.0)
+        wide = held.detach().double()
+        ends = float(wide.min()), float(wide.max())
+        if not is_rounded:
+            return bound(*ends)
+        magnitudes, tiny = wide.abs(), torch.finfo(self.low).tiny
+        half_ulp = torch.exp2((torch.frexp(magnitudes.clamp(min=tiny))[1] - bits - 2).double())
+        off = torch.where(_busy(wide, self.low) | (magnitudes < tiny) & (wide != 0), half_ulp, 0.0)
+        return bound(*ends, float(off.max()), float((off / (magnitudes - off).where(off > 0, 1.0)).max()))
 
 
-def _times(a: float, b: float) -> float:
-    return 0.0 if a == 0 or b == 0 else a * b
+def _either(parts: Iterable[Bound]) -> Bound:
+    return functools.reduce(operator.or_, parts)
+
+
+def _raised(base: Bound, exponent: Bound) -> Bound:
+    if exponent.error == 0 and exponent.low == exponent.high:
+        return base**exponent.low
+    if base.error == 0 and base.low == base.high > 0:
+        return (exponent * bound(*[math.log(base.low)] * 2)).exp()
+    return UNKNOWN
+
+
+# Which of two summands ``alpha`` scales, and the sign it is added with.
+_SUMMANDS = {"add": (1, 1), "sub": (1, -1), "rsub": (0, -1)}
+_ZEROING = frozenset(["pad", "constant_pad_nd", "relu", "tril", "triu"])
+_RULES: dict[str, Callable[..., Bound]] = {
+    "neg": operator.neg,
+    "abs": abs,
+    "mul": operator.mul,
+    "outer": operator.mul,
+    "ger": operator.mul,
+    "div": lambda a, b: a * b**-1,
+    "true_divide": lambda a, b: a * b**-1,
+    "reciprocal": lambda a: a**-1,
+    "square": lambda a: a**2,
+    "sqrt": lambda a: a**0.5,
+    "rsqrt": lambda a: a**-0.5,
+    "exp": Bound.exp,
+    "pow": _raised,
+}

@@ -5,6 +5,7 @@ Nothing is guessed: what a module gives is taken only where, rounded, it is bit 
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -12,22 +13,23 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.analysis import dtype_rules
+from nxfx.analysis import dtype_rules, ranges
+from nxfx.analysis.integer_origin import IntegerOrigins
 from nxfx.analysis.provenance import Premise, Role, Source
-from nxfx.analysis.rounded_tables import rounded_to
+from nxfx.analysis.rounded_tables import magnified_tables, rounded_to
 from nxfx.graph import meta
 from nxfx.graph.attributes import new_constant
 from nxfx.graph.builder import NodeBuilder
 from nxfx.lifting.words import short
 from nxfx.report.rewrites import Kind, Rewrite
 
+_FEW = 1 << 16  # elements of parameters, up to which a module is made again for its table
 
-def restore_tables(
-    graph_module: fx.GraphModule, sources: dict[str, Source], model: torch.nn.Module
-) -> tuple[list[Rewrite], list[Premise]]:
-    """Give ``graph_module`` the float32 origin of each rounded buffer whose module knows it. ``sources`` learns of the new constants.
 
-    A low-precision buffer becomes a cast of its origin, which lift-int-casts leaves out where the rounding would be magnified; one in
+def restore_tables(graph_module: fx.GraphModule, sources: dict[str, Source], model: torch.nn.Module) -> tuple[list[Rewrite], list[Premise]]:
+    """Give ``graph_module`` the float32 origin of each rounded table whose module knows it. ``sources`` learns of the new constants.
+
+    A low-precision table whose rounding is magnified becomes a cast of its origin, which lift-int-casts leaves out there; one in
     float32 that holds rounded numbers is replaced. The model itself keeps what it has.
 
     Returns:
@@ -35,21 +37,28 @@ def restore_tables(
     """
     build = NodeBuilder(graph_module.graph, "lift-int-casts")
     rewrites, premises = [], []
+
+    @functools.cache
+    def magnified() -> set[fx.Node]:
+        return magnified_tables(IntegerOrigins(graph_module, sources, lambda: ranges.analyse(graph_module, sources, {})))
+
     for node in graph_module.graph.find_nodes(op="get_attr"):
         source = sources.get(node.name)
-        if source is None or source.role is not Role.BUFFER or not source.is_known or source.value is None:
+        if source is None or not source.is_known or not source.is_table or source.role is Role.CONSTANT:
             continue
         users = [user for user in node.users if user.op != "output"]
         low = rounded_to(source.value, meta.dtype_of(node)) if users else None
-        found = _origin(model, source, low) if low is not None else None
-        if found is None or low is None:
+        if low is None or (low is meta.dtype_of(node) and node not in magnified()):
+            continue
+        found = _origin(model, source, low)
+        if found is None:
             continue
         origin, how = found
         name = new_constant(graph_module, origin)
         with build.after(node):
             constant = build.get_attr(name, meta.retype(meta.val(node), torch.float32))
             restored = build.cast(constant, meta.val(node).dtype)
-        sources[constant.name] = Source(name, Role.CONSTANT, origin)
+        sources[constant.name] = Source(name, Role.CONSTANT, origin, recomputed=True)
         for user in users:
             user.replace_input_with(node, restored)
         premises.append(Premise(source.name, "value"))
@@ -82,15 +91,16 @@ def _candidates(owner: torch.nn.Module, leaf: str) -> Iterator[tuple[Any, str]]:
     function = getattr(owner, "rope_init_fn", None)
     if callable(function):
         yield _tried(lambda: function(getattr(owner, "config", None), torch.device("cpu"))[0]), f"{kind}.rope_init_fn"
-    if next(owner.parameters(), None) is None:
+    weights = list(owner.parameters())
+    if not any(weight.requires_grad for weight in weights) and sum(weight.numel() for weight in weights) <= _FEW:
         yield _tried(lambda: getattr(_made_like(owner), leaf)), f"a new {kind}"
 
 
 def _made_like(module: torch.nn.Module) -> torch.nn.Module:
     """A module of the same class, with the arguments that ``module`` keeps under their own names."""
     arguments = {}
-    for name, parameter in inspect.signature(type(module).__init__).parameters.items():
-        if name in ("self", "device", "dtype") or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+    for name, parameter in inspect.signature(type(module)).parameters.items():
+        if name in ("device", "dtype") or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         kept = next((held for key in (name, f"_{name}") if (held := vars(module).get(key)) is not None), None)
         if kept is not None:

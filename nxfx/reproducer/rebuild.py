@@ -175,14 +175,14 @@ class Rebuild:
         self._context.target, self._context.training = get_target(target, sdk), training
 
     def source(
-        self, node: str, name: str, role: str, *, known: bool, mutated: bool, range: tuple[int, int] | None
+        self, node: str, name: str, role: str, *, known: bool, mutated: bool, range: tuple[int, int] | None, recomputed: bool = False
     ) -> None:
         """What a placeholder or ``get_attr`` node stands for."""
         value = None
         if known:
             (found,) = (n for n in self.graph.nodes if n.name == node)
             value = self._stored[name] if name in self._stored else self._data(name, val(found))
-        self._context.sources[node] = Source(name, Role(role), value, mutated, range)
+        self._context.sources[node] = Source(name, Role(role), value, mutated, range, recomputed=recomputed)
 
     @staticmethod
     def imported(module: str, file: str, name: str, options: dict[str, Any]) -> Pass:

@@ -274,7 +274,7 @@ class _Script:
             known = source.value is not None and node in there
             yield (
                 f"g.source({node!r}, {source.name!r}, {source.role.value!r}, "
-                f"known={known}, mutated={source.mutated}, range={source.range!r})"
+                f"known={known}, mutated={source.mutated}, range={source.range!r}{', recomputed=True' if source.recomputed else ''})"
             )
 
     def _steps(self, pipeline: Pipeline | str) -> Iterator[str]:
