@@ -345,6 +345,59 @@ def test_what_auto_cast_does_to_a_rotary_and_what_nxfx_does_about_it() -> None:
     assert before > 0.2 and after < 1e-3
 
 
+# --- the flags that follow ----------------------------------------------------------------------------------------------
+
+POSITIONS, TABLE = torch.arange(30000, 30016), torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
+ACTIVATION = torch.randn(4, 16, generator=torch.Generator().manual_seed(6))
+_BATCH = torch.stack([TABLE] * 4)
+FOR_A_FLAG: dict[str, Any] = {
+    "linear": lambda x: nn.functional.linear(x, TABLE),
+    "conv-transpose": lambda x: nn.functional.conv_transpose1d(x[None, None, 0], torch.ones(1, 2, 3)),
+    "conv": lambda x: nn.functional.conv1d(x[None, None, 0], torch.ones(2, 1, 3), padding="same"),
+    "tensordot": lambda x: torch.tensordot(x, TABLE, 1),
+    "inner": lambda x: torch.inner(x, TABLE),
+    "addbmm": lambda x: torch.addbmm(torch.zeros(1, 16), x[None, :1], TABLE[None]),
+    "addmv": lambda x: torch.addmv(torch.zeros(16), TABLE, x[0]),
+    "vdot": lambda x: torch.vdot(x[0], TABLE[0]),
+    "chain": lambda x: torch.linalg.multi_dot([x, TABLE, TABLE]),
+    "power": lambda x: torch.linalg.matrix_power(x[:, :1] * TABLE[:4, :4], 3),
+    "bilinear": lambda x: nn.functional.bilinear(x, x * 0 + 1, _BATCH),
+    "distances": lambda x: torch.cdist(x.expand(32, 16) if len(x) == 1 else x.repeat(8, 1), TABLE),
+    "queries": lambda x: scaled_dot_product_attention(x[None], TABLE[None], TABLE[None]),
+    "keys": lambda x: scaled_dot_product_attention(TABLE[None], x[None], x[None] * 0 + 1),
+    "lstm": lambda x: _LSTM(x)[0],
+    "cell": lambda x: _CELL(x),
+    "elementwise": lambda x: (x * TABLE[:1]).softmax(-1) + torch.outer(x[0], TABLE[0])[:1],
+}
+_LSTM, _CELL = nn.LSTM(16, 8).requires_grad_(False), nn.GRUCell(16, 8).requires_grad_(False)
+
+
+def _prepared(function: Any, x: Tensor, sdk: str = "2.33", **options: Any) -> nxfx.PreparedModule:
+    return nxfx.prepare(_Module(function), (x,), target="trn1", sdk=sdk, **options)
+
+
+@pytest.mark.parametrize("product", FOR_A_FLAG)
+def test_where_matmult_is_the_default_the_flag_is_there_if_it_would_round_a_product(product: str) -> None:
+    prepared = _prepared(FOR_A_FLAG[product], ACTIVATION, "2.26")
+    emulated = emulate(prepared, "matmult")
+    emulated(ACTIVATION)
+    assert ("--auto-cast=none" in prepared.compiler_args) == bool(emulated.emulation.rounded) == (product != "elementwise")
+
+
+def test_an_addend_of_positions_is_no_factor() -> None:
+    """A bias is added in float32: attention's distances, a linear layer's bias."""
+    x = torch.zeros(16, 16)
+
+    def model(positions: Tensor) -> Tensor:
+        attended = scaled_dot_product_attention(TABLE[None], TABLE[None], TABLE[None], attn_mask=positions.float() * -0.3)
+        return torch.addmm(positions.float(), x, TABLE) + attended
+
+    prepared = _prepared(model, POSITIONS)
+    exact = prepared(POSITIONS)
+    assert (emulate(prepared, "matmult")(POSITIONS) - exact).norm() < 0.01 * exact.norm()
+    assert "--auto-cast=none" not in prepared.compiler_args
+
+
 def test_unknown_names_are_told() -> None:
     with pytest.raises(UsageError, match="one of none, matmult, all"):
         emulate(nn.Identity(), "matmul")  # type: ignore[arg-type]

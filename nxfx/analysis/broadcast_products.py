@@ -40,10 +40,9 @@ def worth_spreading_terms(origins: IntegerOrigins, most: int) -> list[fx.Node]:
     found = []
     for node in origins.products:
         count = outer_products.terms(node)
-        shape = meta.val(node).shape
         if count is None or not 2 <= count <= most or any(origins.of(v) is None for v in outer_products.factors(node)):
             continue
-        sizes = [s for s in shape if type(s) is int]  # of a dynamic one nothing is known
+        sizes = [s for s in meta.val(node).shape if type(s) is int]  # of a dynamic one nothing is known
         if count * math.prod(sizes) <= _MOST_MULTIPLICATIONS:
             found.append(node)
     return found

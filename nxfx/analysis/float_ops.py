@@ -49,11 +49,6 @@ SENSITIVE = (
     | {aten.pow.Scalar, aten.pow.Tensor_Tensor, aten.div.Tensor_mode, aten.div.Scalar_mode}
 )
 
-# What an auto-cast of matrix products rounds the factors of.
-MATRIX_PRODUCTS = outer_products.PRODUCTS | frozenset(
-    overloads("linear", "addmm", "baddbmm", "addmv", "mv", "dot", "convolution", "conv1d", "conv2d", "conv3d", "bilinear")
-)
-
 # Nodes that ask for a value's metadata only.
 METADATA = frozenset([aten._assert_tensor_metadata.default, *overloads("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")])
 

@@ -21,7 +21,6 @@ from nxfx.analysis.exact_integers import ExactIntegers, summed, times
 from nxfx.analysis.float_ops import (
     FAMILIES,
     LOOKUPS,
-    MATRIX_PRODUCTS,
     SENSITIVE,
     SEQUENCES,
     SUMS,
@@ -35,7 +34,7 @@ from nxfx.analysis.float_ops import (
 )
 from nxfx.analysis.intervals import Interval, Ranges, fits
 from nxfx.analysis.provenance import Role, Source
-from nxfx.graph import outer_products
+from nxfx.graph import matrix_products, outer_products
 
 
 @dataclass(slots=True)
@@ -111,8 +110,8 @@ class IntegerOrigins:
                 family = FAMILIES.get(node.target)
                 if family is not None:
                     self._admit(node, family)
-                if node.target in MATRIX_PRODUCTS and node not in self.members:
-                    self._note_product(node)
+                if node not in self.members and (factors := matrix_products.factors(node)):
+                    self._note_product(node, factors)
         for node, member in self.members.items():
             self._follow_rounding(node, member)
         for node in self.sinks:
@@ -177,9 +176,9 @@ class IntegerOrigins:
                 if dtype_rules.is_integral(kind) and kind is not torch.bool:
                     self.met.append((node, value))
 
-    def _note_product(self, node: fx.Node) -> None:
+    def _note_product(self, node: fx.Node, factors: list[fx.Node]) -> None:
         limit = dtype_rules.exact_integer(torch.bfloat16)
-        for value in node.all_input_nodes:
+        for value in factors:
             member = self.members.get(value)
             if member is not None and member.integer and not fits(self.exact.of(value) or (0, limit + 1), (-limit, limit)):
                 self.products.append(node)

@@ -35,7 +35,7 @@ _FACTORS: dict[str, tuple[int, ...]] = {
 }
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def factor_positions(target: Any) -> tuple[int, ...]:
     """Where the factors stand among the arguments of ``target``, as tensors or lists of them; () for what is no matrix product."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
@@ -46,5 +46,6 @@ def factor_positions(target: Any) -> tuple[int, ...]:
 def factors(node: fx.Node) -> list[fx.Node]:
     """The nodes that the matrix product ``node`` multiplies: its addend or bias is none. Empty for any other node."""
     found: list[fx.Node] = []
-    fx.node.map_arg([node.args[p] for p in factor_positions(node.target) if p < len(node.args)], found.append)
+    if positions := factor_positions(node.target):
+        fx.node.map_arg([node.args[p] for p in positions if p < len(node.args)], found.append)
     return found
