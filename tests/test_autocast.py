@@ -384,6 +384,33 @@ def test_where_matmult_is_the_default_the_flag_is_there_if_it_would_round_a_prod
     assert ("--auto-cast=none" in prepared.compiler_args) == bool(emulated.emulation.rounded) == (product != "elementwise")
 
 
+@pytest.mark.parametrize("product", FOR_A_FLAG)
+def test_positions_in_any_product_ask_for_the_flag_and_small_functions_of_them_do_not(product: str) -> None:
+    """A sine is rounded as any activation is: by half a step of its size, and its size is one."""
+    compute = FOR_A_FLAG[product]
+    large = _prepared(lambda p: compute(p.float()[None] * 1.5), POSITIONS)
+    small = _prepared(lambda p: compute((p.float()[None] * 1.5).sin()), POSITIONS)
+    assert ("--auto-cast=none" in large.compiler_args) == (product != "elementwise")
+    assert "--auto-cast=none" not in small.compiler_args
+
+
+def test_a_timestep_embedding_before_a_linear_loses_what_any_linear_loses() -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 16)
+
+        def forward(self, steps: Tensor) -> Tensor:
+            angles = steps[:, None].float() * torch.exp(-math.log(1e4) * torch.arange(32).float() / 32)
+            return self.linear(torch.cat([angles.cos(), angles.sin()], -1))
+
+    torch.manual_seed(0)
+    model, steps, others = Embedding(), torch.tensor([1, 500, 999]), torch.rand(3, 64) * 2 - 1
+    prepared = nxfx.prepare(model, (steps,), target="trn1", sdk="2.33")
+    lost, usual = (((emulate(m, "matmult")(x) - m(x)).norm() / m(x).norm()).item() for m, x in ((prepared, steps), (model.linear, others)))
+    assert lost < 2 * usual and "--auto-cast=none" not in prepared.compiler_args
+
+
 def test_an_addend_of_positions_is_no_factor() -> None:
     """A bias is added in float32: attention's distances, a linear layer's bias."""
     x = torch.zeros(16, 16)

@@ -49,6 +49,9 @@ SENSITIVE = (
     | {aten.pow.Scalar, aten.pow.Tensor_Tensor, aten.div.Tensor_mode, aten.div.Scalar_mode}
 )
 
+# What comes out of these is small whatever went in: rounding it costs what rounding any activation does.
+BOUNDED = frozenset(overloads("sin", "cos", "sinc", "tanh", "sigmoid", "erf", "asin", "acos", "atan", "atan2", "sign"))
+
 # Nodes that ask for a value's metadata only.
 METADATA = frozenset([aten._assert_tensor_metadata.default, *overloads("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")])
 

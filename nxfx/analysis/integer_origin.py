@@ -19,6 +19,7 @@ from torch import fx
 from nxfx.analysis import dtype_rules
 from nxfx.analysis.exact_integers import ExactIntegers, summed, times
 from nxfx.analysis.float_ops import (
+    BOUNDED,
     FAMILIES,
     LOOKUPS,
     SENSITIVE,
@@ -45,6 +46,7 @@ class Member:
         family: the op's family; None for a table.
         values: the operands whose values it is made of: nodes and numbers.
         integer: an integer, a sequence or a size is among its ancestors.
+        large: it comes with its magnitude: not through a bounded function, not as a truth value.
         learned: a parameter is among its ancestors.
         tables: buffers and constants among its ancestors, the first few.
         low: the low-precision dtype that holds the model's value exactly; None for a value of higher precision.
@@ -54,6 +56,7 @@ class Member:
     family: Family | None
     values: tuple[Any, ...] = ()
     integer: bool = False
+    large: bool = False
     learned: bool = False
     tables: tuple[fx.Node, ...] = ()
     low: torch.dtype | None = None
@@ -92,7 +95,7 @@ class IntegerOrigins:
         sensitive: members and sinks that magnify the rounding of an integer-derived operand.
         met: ``(node, integer operand)`` where integers are combined with an activation.
         exact: the members that are exact integers.
-        products: matrix products with an integer-derived factor that bf16 does not hold exactly.
+        products: matrix products with a large integer-derived factor that bf16 does not hold exactly.
     """
 
     def __init__(self, gm: fx.GraphModule, sources: Mapping[str, Source], ranges: Callable[[], Ranges]) -> None:
@@ -143,13 +146,14 @@ class IntegerOrigins:
             return  # one output of an op that is not listed; another may well be an integer
         values = values_of(node, family)
         made_of: list[Member] = []
-        integer = node.target in SEQUENCES or _is_rounded_integer(fill_of(node), dtype)
+        integer = large = node.target in SEQUENCES or _is_rounded_integer(fill_of(node), dtype)
         for value in values:
             if not isinstance(value, fx.Node):
                 continue
             kind = dtype_of(value)
             if kind is None or not kind.is_floating_point:
                 integer = integer or kind is not None or isinstance(value.meta.get("val"), torch.SymInt)
+                large = large or kind is not torch.bool
                 continue
             member = self.of(value)
             if member is None or (member.learned and not member.integer and node.target in LOOKUPS):
@@ -160,7 +164,8 @@ class IntegerOrigins:
             tables = dict.fromkeys(t for m in made_of for t in m.tables)
             learned = any(m.learned for m in made_of)
             integer = integer or any(m.integer for m in made_of)
-            self.members[node] = Member(family, values, integer, learned, tuple(tables)[:4])
+            large = large or any(m.large for m in made_of) or (integer and node.target in SUMS)
+            self.members[node] = Member(family, values, integer, large and node.target not in BOUNDED, learned, tuple(tables)[:4])
         elif not made_of:
             return
         elif dtype.is_complex:  # half-precision parts would make another complex dtype
@@ -180,7 +185,7 @@ class IntegerOrigins:
         limit = dtype_rules.exact_integer(torch.bfloat16)
         for value in factors:
             member = self.members.get(value)
-            if member is not None and member.integer and not fits(self.exact.of(value) or (0, limit + 1), (-limit, limit)):
+            if member is not None and member.large and not fits(self.exact.of(value) or (0, limit + 1), (-limit, limit)):
                 self.products.append(node)
                 return
 

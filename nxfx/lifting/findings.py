@@ -12,6 +12,7 @@ from nxfx.analysis.float_ops import FAMILIES, METADATA, PERIODIC, SENSITIVE, Fam
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
 from nxfx.analysis.provenance import Source
 from nxfx.analysis.rounded_tables import rounded_table_errors
+from nxfx.graph import matrix_products
 from nxfx.lifting.edits import Lift
 from nxfx.lifting.words import described, exact_limit, short
 from nxfx.report.findings import Finding, Severity
@@ -81,7 +82,7 @@ def float32_products(origins: IntegerOrigins) -> dict[str, str]:
     for node in origins.products:
         if dtype_of(node) is not torch.float32:
             continue
-        bounds = [origins.exact.of(v) for v in node.all_input_nodes if (m := origins.members.get(v)) is not None and m.integer]
+        bounds = [origins.exact.of(v) for v in matrix_products.factors(node) if (m := origins.members.get(v)) is not None and m.large]
         largest = max((max(map(abs, b)) for b in bounds if b is not None), default=None)
         cost = "an integer-derived factor would be off by one part in 512"
         if largest is not None:
