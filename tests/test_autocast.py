@@ -425,6 +425,27 @@ def test_an_addend_of_positions_is_no_factor() -> None:
     assert "--auto-cast=none" not in prepared.compiler_args
 
 
+STEPS: dict[str, Any] = {
+    "compared": lambda p: p.float() < 30003.0,
+    "compared-with-an-activation": lambda p: p.float() < TABLE[0] + 30003,
+    "cut": lambda p: (p.float() * 0.37).long(),
+    "floor-then-index": lambda p: torch.arange(20000)[(p.float() * 0.37).floor().long()],
+    "searched": lambda p: torch.bucketize(p.float(), POSITIONS.float()),
+    "ordered": lambda p: (p.float() * -1).argmin(0),
+    "a-mask": lambda p: (p > 30003).float() > 0.5,
+    "small": lambda p: (p % 100).float() == 37.0,
+    "yes-or-no": lambda p: p.float().bool(),
+    "moved": lambda p: p.float().flip(0)[:0],
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_all_is_told_of_the_comparisons_and_integers_that_it_changes(case: str) -> None:
+    prepared = _prepared(STEPS[case], POSITIONS)
+    changes = not torch.equal(emulate(prepared, "all")(POSITIONS), prepared(POSITIONS))
+    assert changes == bool(prepared.report.float32_uses)
+
+
 def test_unknown_names_are_told() -> None:
     with pytest.raises(UsageError, match="one of none, matmult, all"):
         emulate(nn.Identity(), "matmul")  # type: ignore[arg-type]

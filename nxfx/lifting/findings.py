@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules, ranges
-from nxfx.analysis.float_ops import FAMILIES, METADATA, PERIODIC, SENSITIVE, Family, dtype_of, op_name
+from nxfx.analysis.float_ops import FAMILIES, METADATA, PERIODIC, SENSITIVE, Family, compares_with_small, dtype_of, op_name
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
 from nxfx.analysis.provenance import Source
 from nxfx.analysis.rounded_tables import rounded_table_errors
@@ -94,12 +94,21 @@ def float32_products(origins: IntegerOrigins) -> dict[str, str]:
 
 def float32_uses(origins: IntegerOrigins) -> dict[str, str]:
     """Ops that magnify what an auto-cast of every float32 value would round of integers, by node name."""
-    found = {}
-    for node in (*origins.members, *origins.sinks):
-        operands = [v for v in node.all_input_nodes if (m := origins.of(v)) is not None and m.integer]
-        if node.target in SENSITIVE and any(dtype_of(v) is torch.float32 for v in operands):
-            found[node.name] = _named(node)
+    found: dict[str, str] = {}
+    for value, member in origins.members.items():
+        if member.integer and dtype_of(value) is torch.float32:
+            exact = origins.exact.of(value) if any(map(_is_step, value.users)) else None
+            held = exact is not None and ranges.fits(exact, (-exact_limit(torch.bfloat16), exact_limit(torch.bfloat16)))
+            found |= {n.name: _named(n) for n in value.users if n.target in SENSITIVE or (_is_step(n) and not held)}
     return found
+
+
+def _is_step(node: fx.Node) -> bool:
+    """Whether a small change of what ``node`` reads can be another answer: a comparison, an integer."""
+    family = FAMILIES.get(node.target)
+    if family is Family.CAST:
+        return dtype_rules.is_integral(dtype_of(node)) and dtype_of(node) is not torch.bool
+    return family is Family.COMPARE and not compares_with_small(node)
 
 
 def _named(node: fx.Node) -> str:
