@@ -95,6 +95,14 @@ PRODUCTS: dict[str, Any] = {
     "outer": lambda r: r(LEFT[0])[:, None] @ r(RIGHT[0])[None],
     "conv": lambda r: nn.functional.conv2d(r(IMAGE), r(KERNEL), RIGHT[0, :4], padding=1),
     "conv-transpose": lambda r: nn.functional.conv_transpose2d(r(IMAGE), r(KERNEL.transpose(0, 1))),
+    "conv-of-time": lambda r: torch.conv_tbc(r(A), r(A), RIGHT[0]),
+    "tensordot": lambda r: torch.tensordot(r(LEFT), r(RIGHT), 2),
+    "bilinear": lambda r: nn.functional.bilinear(r(LEFT), r(RIGHT), r(B)),
+    "grouped": lambda r: torch._grouped_mm(r(LEFT), r(B), offs=torch.tensor([2, 5, 8], dtype=torch.int32)),
+    "out": lambda r: torch.mm(r(LEFT), r(RIGHT), out=torch.empty(8, 8)),
+    "out-of-sum": lambda r: torch.addmm(LEFT, r(LEFT), r(RIGHT), out=torch.empty(8, 8)),
+    "in-place": lambda r: RIGHT[0].clone().addmv_(r(LEFT), r(RIGHT[1])),
+    "in-place-batched": lambda r: LEFT.clone().addbmm_(r(A), r(A), beta=0.3),
 }
 
 
@@ -124,12 +132,68 @@ def test_attention_rounds_its_probabilities_too() -> None:
     assert (found - exact).abs().max() > 1e-4
 
 
-def test_an_lstm_is_made_of_products() -> None:
+QUERY, KEY = (torch.randn(1, heads, 6, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2))
+MASK = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+FUTURE = torch.ones(6, 6, dtype=torch.bool).tril()
+SPELLINGS: dict[str, tuple[Any, Any]] = {
+    "grouped-heads": (
+        lambda: scaled_dot_product_attention(QUERY, KEY, KEY, enable_gqa=True),
+        lambda: scaled_dot_product_attention(QUERY, KEY.repeat_interleave(2, 1), KEY.repeat_interleave(2, 1)),
+    ),
+    "causal": (lambda: scaled_dot_product_attention(KEY, KEY, KEY, is_causal=True), lambda: scaled_dot_product_attention(KEY, KEY, KEY, FUTURE)),
+    "causal-and-masked": (
+        lambda: scaled_dot_product_attention(KEY, KEY, KEY, MASK, is_causal=True),
+        lambda: scaled_dot_product_attention(KEY, KEY, KEY, MASK.masked_fill(~FUTURE, -math.inf)),
+    ),
+    "scaled": (
+        lambda: scaled_dot_product_attention(KEY, KEY, KEY, scale=0.5),
+        lambda: scaled_dot_product_attention(KEY * 4, KEY, KEY, scale=0.125),
+    ),
+    "shorter-values": (
+        lambda: scaled_dot_product_attention(KEY, KEY, KEY[..., :5]),
+        lambda: scaled_dot_product_attention(KEY, KEY, KEY)[..., :5],
+    ),
+}
+
+
+@pytest.mark.parametrize("autocast", ["matmult", "all"])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_attention_means_the_same_however_it_is_spelled(spelling: str, autocast: Any) -> None:
+    one, other = (emulate(_Module(f), autocast)() for f in SPELLINGS[spelling])
+    assert (one - other).abs().max() < 1e-6
+    exact = SPELLINGS[spelling][0]()
+    assert 1e-4 < (one - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_in_another_dtype_is_left_alone(dtype: torch.dtype) -> None:
+    query = QUERY.to(dtype)
+    for autocast in ("matmult", "all"):
+        found = emulate(_Module(lambda: scaled_dot_product_attention(query, query, query, scale=0.3)), autocast)()
+        assert compare(scaled_dot_product_attention(query, query, query, scale=0.3), found).ok
+
+
+MADE_OF_PRODUCTS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "lstm": (lambda: nn.LSTM(8, 8), (5, 2, 8)),
+    "gru": (lambda: nn.GRU(8, 8), (5, 2, 8)),
+    "attention": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (2, 5, 8)),
+    "distances": (lambda: _Module(lambda x: torch.cdist(x, x + 1)), (2, 30, 8)),
+}
+
+
+@pytest.mark.parametrize("case", MADE_OF_PRODUCTS)
+def test_what_is_made_of_products_is_rounded_as_they_are(case: str) -> None:
+    """Also where one fused kernel computes it, with and without a module around the emulation."""
     torch.manual_seed(0)
-    lstm, x = nn.LSTM(8, 8), torch.randn(5, 2, 8)
-    emulated = emulate(lstm, "matmult", "fp8_e4m3")
-    assert (emulated(x)[0] - lstm(x)[0]).abs().max() > 1e-3
-    assert emulated.emulation.rounded
+    make, shape = MADE_OF_PRODUCTS[case]
+    module, x = make().eval(), torch.randn(shape)
+    emulated = emulate(module, "matmult", "fp8_e4m3")
+    (found, *_), (exact, *_) = emulated(x), module(x)
+    assert (found - exact).abs().max() > 1e-3
+    assert {name.rpartition(".")[0] or name for name in emulated.emulation.rounded} <= {"aten::addmm", "aten::mm", "aten::bmm"}
+    with torch.no_grad(), Emulation("matmult", "fp8_e4m3"):
+        (inside, *_) = module(x)
+    assert torch.equal(inside, found)
 
 
 def test_matmult_leaves_everything_else_alone() -> None:
@@ -154,6 +218,56 @@ def test_all_rounds_operands_numbers_and_results() -> None:
     assert floats.tolist() == [300.0, 300.0, 302.0, 304.0] and filled.tolist() == [1.0, 1.0]
     assert torch.equal(probabilities, bf16(bf16(LEFT).softmax(-1)))
     assert [i.tolist() for i in integers] == [[600, 602, 604, 606], [False, False, True, True]]
+
+
+def test_all_rounds_numbers_by_keyword_and_those_beside_integers_whose_result_is_float32() -> None:
+    held, small = round_to(LEFT, "bf16"), round_to(torch.tensor(0.3), "bf16").item()
+    integers, evens = torch.tensor([1, 3]), torch.tensor([300.0, 302.0, 304.0])
+
+    def model(number: float, large: int) -> tuple[Tensor, ...]:
+        return torch.add(held, held, alpha=number), torch.addcmul(held, held, held, value=number), integers * number, evens > large
+
+    found = emulate(_Module(lambda: model(0.3, 303)), "all")()
+    assert compare(tuple(round_to(x, "bf16") if x.is_floating_point() else x for x in model(small, 304)), found).ok
+
+
+def test_all_leaves_ops_without_float32_alone() -> None:
+    integers, double, half = torch.tensor([301, 302]), LEFT.double(), LEFT.to(torch.bfloat16)
+
+    def model() -> tuple[Tensor, ...]:
+        listed = torch._foreach_add([double], 1.003)[0]
+        return integers > 301.5, double * 1.003, half * 1.003, torch.add(half, half, alpha=1.003), double.clone().add_(1.003), listed
+
+    assert compare(model(), emulate(_Module(model), "all")()).ok
+
+
+def test_all_returns_what_the_op_returns_and_writes_what_it_writes() -> None:
+    """What is written is read rounded, as any other operand."""
+    first, second = torch.tensor([1.003, 301.1]), torch.tensor([2.0, 0.5])
+    mean, deviation, into = torch.zeros(8), torch.ones(8), torch.empty(8, 8)
+
+    def model() -> tuple[Any, ...]:
+        nothing = torch._foreach_add_([first, second], 1.0)  # a list or None, by release
+        normal = nn.functional.batch_norm(LEFT, mean, deviation, training=True)
+        return nothing, normal, torch.mul(LEFT, 1.003, out=into), torch.eye(2).addmm_(torch.eye(2), torch.eye(2) * 303)
+
+    _, normal, product, added = emulate(_Module(model), "all")()
+    def bf16(x: Tensor) -> Tensor:
+        return round_to(x, "bf16")
+
+    held = bf16(LEFT)
+    assert first.tolist() == [2.0, 304.0] and second.tolist() == [3.0, 1.5]
+    assert product is into and torch.equal(into, bf16(held * bf16(torch.tensor(1.003))))
+    assert torch.equal(added, torch.tensor([[304.0, 0.0], [0.0, 304.0]]))
+    assert torch.equal(normal, bf16(nn.functional.batch_norm(held, None, None, training=True)))
+    assert torch.equal(mean, bf16(held.mean(0) * 0.1)) and (deviation - LEFT.var(0) * 0.1 - 0.9).abs().max() < 0.01
+
+
+def test_all_leaves_the_statistics_of_a_model_that_is_not_trained() -> None:
+    norm = nn.BatchNorm1d(8).eval()
+    norm.running_mean = torch.full((8,), 1.003)
+    emulate(norm, "all")(LEFT)
+    assert norm.running_mean.tolist() == torch.full((8,), 1.003).tolist()
 
 
 def test_numbers_that_the_cast_type_has_none_for_are_counted() -> None:
@@ -185,6 +299,24 @@ def test_bodies_of_higher_order_ops_are_cast(autocast: Any) -> None:
     assert not torch.equal(found, plain) and (found - plain).abs().max() < 0.2
 
 
+@pytest.mark.parametrize("before", [True, False], ids=["after-a-plain-call", "at-first"])
+def test_bodies_of_eager_higher_order_ops_are_cast(before: bool) -> None:
+    """They call torch.compile, which keeps what it compiled for a call outside the emulation."""
+    def loop() -> Tensor:
+        steps = torch.zeros((), dtype=torch.int64)
+        return torch._higher_order_ops.while_loop(lambda i, x: i < 2, lambda i, x: (i + 1, x @ RIGHT), (steps, LEFT))[1]
+
+    torch.compiler.reset()
+    plain = LEFT @ RIGHT @ RIGHT
+    assert not before or torch.equal(loop(), plain)
+    found = emulate(_Module(loop), "matmult")()
+    def bf16(x: Tensor) -> Tensor:
+        return round_to(x, "bf16")
+
+    assert torch.equal(found, bf16(bf16(LEFT) @ bf16(RIGHT)) @ bf16(RIGHT))
+    assert torch.equal(emulate(_Module(loop), "none")(), plain)
+
+
 def test_none_is_the_graph_itself_and_inference_mode_is_like_no_grad() -> None:
     compute = PRODUCTS["linear"]
     module = _Module(lambda: compute(lambda x: x))
@@ -211,6 +343,107 @@ def test_what_auto_cast_does_to_a_rotary_and_what_nxfx_does_about_it() -> None:
     before = error_against(truth, emulate(model, "matmult")(positions)).mean
     after = error_against(truth, emulate(prepared, "matmult")(positions)).mean
     assert before > 0.2 and after < 1e-3
+
+
+# --- the flags that follow ----------------------------------------------------------------------------------------------
+
+POSITIONS, TABLE = torch.arange(30000, 30016), torch.randn(16, 16, generator=torch.Generator().manual_seed(5))
+ACTIVATION = torch.randn(4, 16, generator=torch.Generator().manual_seed(6))
+_BATCH = torch.stack([TABLE] * 4)
+FOR_A_FLAG: dict[str, Any] = {
+    "linear": lambda x: nn.functional.linear(x, TABLE),
+    "conv-transpose": lambda x: nn.functional.conv_transpose1d(x[None, None, 0], torch.ones(1, 2, 3)),
+    "conv": lambda x: nn.functional.conv1d(x[None, None, 0], torch.ones(2, 1, 3), padding="same"),
+    "tensordot": lambda x: torch.tensordot(x, TABLE, 1),
+    "inner": lambda x: torch.inner(x, TABLE),
+    "addbmm": lambda x: torch.addbmm(torch.zeros(1, 16), x[None, :1], TABLE[None]),
+    "addmv": lambda x: torch.addmv(torch.zeros(16), TABLE, x[0]),
+    "vdot": lambda x: torch.vdot(x[0], TABLE[0]),
+    "chain": lambda x: torch.linalg.multi_dot([x, TABLE, TABLE]),
+    "power": lambda x: torch.linalg.matrix_power(x[:, :1] * TABLE[:4, :4], 3),
+    "bilinear": lambda x: nn.functional.bilinear(x, x * 0 + 1, _BATCH),
+    "distances": lambda x: torch.cdist(x.expand(32, 16) if len(x) == 1 else x.repeat(8, 1), TABLE),
+    "queries": lambda x: scaled_dot_product_attention(x[None], TABLE[None], TABLE[None]),
+    "keys": lambda x: scaled_dot_product_attention(TABLE[None], x[None], x[None] * 0 + 1),
+    "lstm": lambda x: _LSTM(x)[0],
+    "cell": lambda x: _CELL(x),
+    "elementwise": lambda x: (x * TABLE[:1]).softmax(-1) + torch.outer(x[0], TABLE[0])[:1],
+}
+_LSTM, _CELL = nn.LSTM(16, 8).requires_grad_(False), nn.GRUCell(16, 8).requires_grad_(False)
+
+
+def _prepared(function: Any, x: Tensor, sdk: str = "2.33", **options: Any) -> nxfx.PreparedModule:
+    return nxfx.prepare(_Module(function), (x,), target="trn1", sdk=sdk, **options)
+
+
+@pytest.mark.parametrize("product", FOR_A_FLAG)
+def test_where_matmult_is_the_default_the_flag_is_there_if_it_would_round_a_product(product: str) -> None:
+    prepared = _prepared(FOR_A_FLAG[product], ACTIVATION, "2.26")
+    emulated = emulate(prepared, "matmult")
+    emulated(ACTIVATION)
+    assert ("--auto-cast=none" in prepared.compiler_args) == bool(emulated.emulation.rounded) == (product != "elementwise")
+
+
+@pytest.mark.parametrize("product", FOR_A_FLAG)
+def test_positions_in_any_product_ask_for_the_flag_and_small_functions_of_them_do_not(product: str) -> None:
+    """A sine is rounded as any activation is: by half a step of its size, and its size is one."""
+    compute = FOR_A_FLAG[product]
+    large = _prepared(lambda p: compute(p.float()[None] * 1.5), POSITIONS)
+    small = _prepared(lambda p: compute((p.float()[None] * 1.5).sin()), POSITIONS)
+    assert ("--auto-cast=none" in large.compiler_args) == (product != "elementwise")
+    assert "--auto-cast=none" not in small.compiler_args
+
+
+def test_a_timestep_embedding_before_a_linear_loses_what_any_linear_loses() -> None:
+    class Embedding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 16)
+
+        def forward(self, steps: Tensor) -> Tensor:
+            angles = steps[:, None].float() * torch.exp(-math.log(1e4) * torch.arange(32).float() / 32)
+            return self.linear(torch.cat([angles.cos(), angles.sin()], -1))
+
+    torch.manual_seed(0)
+    model, steps, others = Embedding(), torch.tensor([1, 500, 999]), torch.rand(3, 64) * 2 - 1
+    prepared = nxfx.prepare(model, (steps,), target="trn1", sdk="2.33")
+    lost, usual = (((emulate(m, "matmult")(x) - m(x)).norm() / m(x).norm()).item() for m, x in ((prepared, steps), (model.linear, others)))
+    assert lost < 2 * usual and "--auto-cast=none" not in prepared.compiler_args
+
+
+def test_an_addend_of_positions_is_no_factor() -> None:
+    """A bias is added in float32: attention's distances, a linear layer's bias."""
+    x = torch.zeros(16, 16)
+
+    def model(positions: Tensor) -> Tensor:
+        attended = scaled_dot_product_attention(TABLE[None], TABLE[None], TABLE[None], attn_mask=positions.float() * -0.3)
+        return torch.addmm(positions.float(), x, TABLE) + attended
+
+    prepared = _prepared(model, POSITIONS)
+    exact = prepared(POSITIONS)
+    assert (emulate(prepared, "matmult")(POSITIONS) - exact).norm() < 0.01 * exact.norm()
+    assert "--auto-cast=none" not in prepared.compiler_args
+
+
+STEPS: dict[str, Any] = {
+    "compared": lambda p: p.float() < 30003.0,
+    "compared-with-an-activation": lambda p: p.float() < TABLE[0] + 30003,
+    "cut": lambda p: (p.float() * 0.37).long(),
+    "floor-then-index": lambda p: torch.arange(20000)[(p.float() * 0.37).floor().long()],
+    "searched": lambda p: torch.bucketize(p.float(), POSITIONS.float()),
+    "ordered": lambda p: (p.float() * -1).argmin(0),
+    "a-mask": lambda p: (p > 30003).float() > 0.5,
+    "small": lambda p: (p % 100).float() == 37.0,
+    "yes-or-no": lambda p: p.float().bool(),
+    "moved": lambda p: p.float().flip(0)[:0],
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_all_is_told_of_the_comparisons_and_integers_that_it_changes(case: str) -> None:
+    prepared = _prepared(STEPS[case], POSITIONS)
+    changes = not torch.equal(emulate(prepared, "all")(POSITIONS), prepared(POSITIONS))
+    assert changes == bool(prepared.report.float32_uses)
 
 
 def test_unknown_names_are_told() -> None:

@@ -13,7 +13,7 @@ from torch import fx
 
 from nxfx.analysis.intervals import arg
 from nxfx.analysis.range_rules import PRESERVING_VIEWS, SELECTIONS, overloads
-from nxfx.graph import meta, outer_products
+from nxfx.graph import matrix_products, meta, outer_products
 
 aten = torch.ops.aten
 
@@ -53,10 +53,8 @@ SENSITIVE = (
 # Those where that is so of activations too; a cast, to an integer.
 MAGNIFIERS = PERIODIC | _STEPS | frozenset(overloads("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")) | {aten._to_copy.default}
 
-# What an auto-cast of matrix products rounds the factors of.
-MATRIX_PRODUCTS = outer_products.PRODUCTS | frozenset(
-    overloads("linear", "addmm", "baddbmm", "addmv", "mv", "dot", "convolution", "conv1d", "conv2d", "conv3d", "bilinear")
-)
+# What comes out of these is small whatever went in: rounding it costs what rounding any activation does.
+BOUNDED = frozenset(overloads("sin", "cos", "sinc", "tanh", "sigmoid", "erf", "asin", "acos", "atan", "atan2", "sign"))
 
 # Nodes that ask for a value's metadata only.
 METADATA = frozenset([aten._assert_tensor_metadata.default, *overloads("sym_size", "sym_stride", "sym_numel", "sym_storage_offset")])
@@ -140,7 +138,9 @@ def family_of(node: fx.Node) -> Family | None:
 @functools.cache
 def _computes(target: Any) -> bool:
     """Whether an op that is not listed is a function of its operands' values."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims") or target in MATRIX_PRODUCTS | _OPAQUE:
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "prims") or target in _OPAQUE:
+        return False
+    if matrix_products.factor_positions(target):
         return False
     chance = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape}
     return not target._schema.is_mutable and not chance & set(target.tags) and bool(target._schema.returns)

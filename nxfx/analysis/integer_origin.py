@@ -19,8 +19,8 @@ from torch import fx
 from nxfx.analysis import dtype_rules
 from nxfx.analysis.exact_integers import ExactIntegers, accumulated, summed, times
 from nxfx.analysis.float_ops import (
+    BOUNDED,
     LOOKUPS,
-    MATRIX_PRODUCTS,
     SENSITIVE,
     SEQUENCES,
     SUMS,
@@ -37,7 +37,7 @@ from nxfx.analysis.float_ops import (
 )
 from nxfx.analysis.intervals import Interval, Ranges, fits
 from nxfx.analysis.provenance import Role, Source
-from nxfx.graph import outer_products
+from nxfx.graph import matrix_products, outer_products
 
 
 @dataclass(slots=True)
@@ -48,6 +48,7 @@ class Member:
         family: the op's family; None for a table.
         values: the operands whose values it is made of: nodes and numbers.
         integer: an integer, a sequence or a size is among its ancestors.
+        large: it comes with its magnitude: not through a bounded function, not as a truth value.
         learned: a parameter is among its ancestors.
         tables: buffers and constants among its ancestors, the first few.
         low: the low-precision dtype that holds the model's value exactly; None for a value of higher precision.
@@ -57,6 +58,7 @@ class Member:
     family: Family | None
     values: tuple[Any, ...] = ()
     integer: bool = False
+    large: bool = False
     learned: bool = False
     tables: tuple[fx.Node, ...] = ()
     low: torch.dtype | None = None
@@ -97,7 +99,7 @@ class IntegerOrigins:
         sensitive: members and sinks that magnify the rounding of an integer-derived operand.
         met: ``(node, integer operand)`` where integers are combined with an activation.
         exact: the members that are exact integers.
-        products: matrix products with an integer-derived factor that bf16 does not hold exactly.
+        products: matrix products with a large integer-derived factor that bf16 does not hold exactly.
         family: of the nodes that any of these hold.
         inputs: the graph's placeholders and ``get_attr`` nodes.
     """
@@ -122,8 +124,8 @@ class IntegerOrigins:
                 if family is not None:
                     self.family[node] = family
                     self._admit(node, family)
-                if node.target in MATRIX_PRODUCTS:
-                    self._note_product(node)
+                if factors := matrix_products.factors(node):
+                    self._note_product(node, factors)
         for node, member in self.members.items():
             self._follow_rounding(node, member)
         for node in self.sinks:
@@ -157,13 +159,14 @@ class IntegerOrigins:
             return  # one output of an op that is not listed; another may well be an integer
         values = values_of(node, family)
         made_of: list[Member] = []
-        integer = node.target in SEQUENCES or _is_rounded(fill_of(node), dtype)
+        integer = large = node.target in SEQUENCES or _is_rounded(fill_of(node), dtype)
         for value in values:
             if not isinstance(value, fx.Node):
                 continue
             kind = dtype_of(value)
             if kind is None or not kind.is_floating_point:
                 integer = integer or kind is not None or isinstance(value.meta.get("val"), torch.SymInt)
+                large = large or kind is not torch.bool
                 continue
             member = self.of(value)
             is_activation = member is not None and member.learned and not member.integer and node.target in LOOKUPS
@@ -176,7 +179,8 @@ class IntegerOrigins:
             learned = any(m.learned for m in made_of)
             counts = node.target in SUMS or accumulates(node) or any(_is_rounded(v, dtype) for v in values)
             integer = integer or any(m.integer for m in made_of) or (counts and not tables and not learned)
-            self.members[node] = Member(family, values, integer, learned, tuple(tables)[:4])
+            large = large or any(m.large for m in made_of) or (integer and counts)
+            self.members[node] = Member(family, values, integer, large and node.target not in BOUNDED, learned, tuple(tables)[:4])
         elif not made_of:
             return
         elif dtype.is_complex:  # half-precision parts would make another complex dtype
@@ -193,11 +197,11 @@ class IntegerOrigins:
                 if dtype_rules.is_integral(kind) and kind is not torch.bool:
                     self.met.append((node, value))
 
-    def _note_product(self, node: fx.Node) -> None:
+    def _note_product(self, node: fx.Node, factors: list[fx.Node]) -> None:
         limit = dtype_rules.exact_integer(torch.bfloat16)
-        for value in node.all_input_nodes:
+        for value in factors:
             member = self.members.get(value)
-            if member is not None and member.integer and not fits(self.exact.of(value) or (0, limit + 1), (-limit, limit)):
+            if member is not None and member.large and not fits(self.exact.of(value) or (0, limit + 1), (-limit, limit)):
                 self.products.append(node)
                 return
 

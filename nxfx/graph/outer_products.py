@@ -13,18 +13,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.graph import meta
+from nxfx.graph import matrix_products, meta
 from nxfx.graph.builder import NodeBuilder
 
 aten = torch.ops.aten
 
-# Where the factors stand, and where the addend is, in those that have one.
-_FACTORS: dict[Any, tuple[int, int]] = {
-    **dict.fromkeys([aten.matmul.default, aten.mm.default, aten.bmm.default, aten.linear.default], (0, 1)),
-    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default], (1, 2)),
-}
+# The products of two matrices that are known here, and where the addend is, in those that have one.
+_PAIRS = frozenset([aten.matmul.default, aten.mm.default, aten.bmm.default, aten.linear.default, aten.addmm.default, aten.baddbmm.default])
 _ADDEND: dict[Any, int] = {aten.linear.default: 2, aten.addmm.default: 0, aten.baddbmm.default: 0}
-PRODUCTS = frozenset({*_FACTORS, aten.einsum.default})
+PRODUCTS = frozenset({*_PAIRS, aten.einsum.default})
 
 
 # A sum of so many terms is small enough for element-wise arithmetic, as long as there are no more multiplications than that: a small
@@ -47,7 +44,7 @@ def operands(node: fx.Node) -> tuple[fx.Node, ...] | None:
 
 def factors(node: fx.Node) -> tuple[Any, Any]:
     """The factors of a matrix product other than an einsum."""
-    left, right = _FACTORS[node.target]
+    left, right = matrix_products.factor_positions(node.target)
     return node.args[left], node.args[right]
 
 
@@ -64,7 +61,7 @@ def spread(build: NodeBuilder, node: fx.Node) -> fx.Node:
 
 def terms(node: fx.Node) -> int | None:
     """How many terms each sum of a matrix product adds; None where that is dynamic, or for an einsum or a vector."""
-    if node.target not in _FACTORS or node.kwargs:  # of kwargs there are alpha and beta
+    if node.target not in _PAIRS or node.kwargs:  # of kwargs there are alpha and beta
         return None
     a, b = (meta.val(n) if isinstance(n, fx.Node) else None for n in factors(node))
     if a is None or b is None or b.dim() < 2 or (a.dim() < 2 and node.target is not aten.linear.default):

@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules, ranges
-from nxfx.analysis.float_ops import MAGNIFIERS, METADATA, PERIODIC, SENSITIVE, Family, dtype_of, family_of, is_pointwise, op_name
+from nxfx.analysis.float_ops import MAGNIFIERS, METADATA, SENSITIVE, Family, compares_with_small, dtype_of, family_of, is_pointwise, op_name
 from nxfx.analysis.integer_origin import Entry, IntegerOrigins
 from nxfx.analysis.provenance import Source
 from nxfx.analysis.rounded_tables import rounded_table_errors
-from nxfx.graph import walk
+from nxfx.graph import matrix_products, walk
 from nxfx.lifting.edits import Lift
 from nxfx.lifting.words import described, exact_limit, short
 from nxfx.report.findings import Finding, Severity
@@ -90,19 +90,11 @@ def _is_activation(value: fx.Node, origins: IntegerOrigins) -> bool:
 
 
 def _is_position(value: fx.Node, origins: IntegerOrigins) -> bool:
-    """Whether ``value`` is an integer or is made of some, other than by waves, which are no larger than one."""
+    """Whether ``value`` is an integer, or is made of some other than by waves, which are no larger than one."""
     if dtype_rules.is_integral(dtype_of(value)):
         return dtype_of(value) is not torch.bool and not ranges.fits(origins.exact.bounds(value)[0], (-1, 1))
-    pending, seen = [value], {value}
-    for reached in pending:
-        if reached.target in PERIODIC or len(seen) > _FAR:
-            return False
-        member = origins.members.get(reached)
-        fresh = [v for v in (member.values if member is not None else ()) if isinstance(v, fx.Node) and v not in seen]
-        seen.update(fresh)
-        pending += fresh
-    found = origins.members.get(value)
-    return found is not None and found.integer
+    member = origins.members.get(value)
+    return member is not None and member.large
 
 
 def tables(origins: IntegerOrigins, sources: Mapping[str, Source]) -> list[Finding]:
@@ -121,7 +113,7 @@ def float32_products(origins: IntegerOrigins) -> dict[str, str]:
     for node in origins.products:
         if dtype_of(node) is not torch.float32:
             continue
-        bounds = [origins.exact.of(v) for v in node.all_input_nodes if (m := origins.members.get(v)) is not None and m.integer]
+        bounds = [origins.exact.of(v) for v in matrix_products.factors(node) if (m := origins.members.get(v)) is not None and m.large]
         largest = max((max(map(abs, b)) for b in bounds if b is not None), default=None)
         cost = "an integer-derived factor would be off by one part in 512"
         if largest is not None:
@@ -133,12 +125,21 @@ def float32_products(origins: IntegerOrigins) -> dict[str, str]:
 
 def float32_uses(origins: IntegerOrigins) -> dict[str, str]:
     """Ops that magnify what an auto-cast of every float32 value would round of integers, by node name."""
-    found = {}
-    for node in (*origins.members, *origins.sinks):
-        operands = [v for v in node.all_input_nodes if (m := origins.of(v)) is not None and m.integer]
-        if node.target in SENSITIVE and any(dtype_of(v) is torch.float32 for v in operands):
-            found[node.name] = _named(node)
+    found: dict[str, str] = {}
+    for value, member in origins.members.items():
+        if member.integer and dtype_of(value) is torch.float32:
+            exact = origins.exact.of(value) if any(map(_is_step, value.users)) else None
+            held = exact is not None and ranges.fits(exact, (-exact_limit(torch.bfloat16), exact_limit(torch.bfloat16)))
+            found |= {n.name: _named(n) for n in value.users if n.target in SENSITIVE or (_is_step(n) and not held)}
     return found
+
+
+def _is_step(node: fx.Node) -> bool:
+    """Whether a small change of what ``node`` reads can be another answer: a comparison, an integer."""
+    family = family_of(node)
+    if family is Family.CAST:
+        return dtype_rules.is_integral(dtype_of(node)) and dtype_of(node) is not torch.bool
+    return family is Family.COMPARE and not compares_with_small(node)
 
 
 def _named(node: fx.Node) -> str:

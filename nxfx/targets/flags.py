@@ -13,17 +13,11 @@ from torch import fx
 from nxfx.analysis.dtype_rules import is_low_precision
 from nxfx.analysis.intervals import arg
 from nxfx.analysis.wide_edges import wide_int64
-from nxfx.graph import meta, walk
+from nxfx.graph import matrix_products, meta, walk
 from nxfx.targets import Target
 
 aten = torch.ops.aten
 
-# The ops that `--auto-cast=matmult` rounds (neuronx-cc command-line reference, "--auto-cast").
-MATMULS = frozenset(
-    {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.matmul.default, aten.linear.default,
-     aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-     aten.scaled_dot_product_attention.default, aten.einsum.default, aten.addmv.default, aten.mv.default, aten.dot.default}
-)  # fmt: skip
 # The ops that accumulate, besides matrix products (neuronx-cc command-line reference, "--enable-mixed-precision-accumulation").
 _ACCUMULATE = frozenset(
     {"sum", "mean", "softmax", "_softmax", "log_softmax", "_log_softmax", "logsumexp", "cumsum", "var", "std", "var_mean",
@@ -91,8 +85,8 @@ def _calls(graph_module: fx.GraphModule) -> Iterator[fx.Node]:
 
 
 def _needs(node: fx.Node) -> Iterator[str]:
-    if node.target in MATMULS:
-        dtypes = {meta.dtype_of(n) for n in node.all_input_nodes}
+    if factors := matrix_products.factors(node):
+        dtypes = set(map(meta.dtype_of, factors))
         if torch.float32 in dtypes:
             yield "fp32 matmul"
         elif any(map(is_low_precision, dtypes)):

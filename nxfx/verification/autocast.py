@@ -6,7 +6,7 @@ auto-cast would cost a graph before it is compiled, not for predicting bits.
 - ``matmult``: both operands of every float32 matrix product and convolution are rounded to the cast type; products are summed in float32
   and the result is float32. A bias is added in float32. Attention is two products with a softmax in float32 between them.
 - ``all``: the operands of every float32 operator, numbers and constants included, are rounded, and so is its result; inside an operator
-  (a sum, a softmax, a layer norm) the arithmetic is float32.
+  (a sum, a softmax, a layer norm) the arithmetic is float32. An operator is float32 when an operand or its result is.
 - ``none``: nothing is rounded.
 
 Only float32 is touched ("cast FP32 operations"). Rounding is to nearest, ties to even. Overflow gives an infinity, which is what
@@ -17,7 +17,7 @@ exponent, 3 of mantissa, infinities and 240 as its largest number: XLA's F8E4M3,
 Sources: Neuron Compiler CLI Reference Guide (``--auto-cast``, ``--auto-cast-type``); Mixed Precision and Performance-accuracy Tuning
 (neuronx-cc): "accumulations using FP32"; release notes of neuronx-cc 2.5.0 (fp8_e4m3).
 
-Private torch API used here: ``torch.utils._python_dispatch.TorchDispatchMode``, tested on torch 2.9 and 2.13.
+Private torch API used here: ``torch.utils._python_dispatch.TorchDispatchMode``, ``torch._decomp``, tested on torch 2.9 and 2.13.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ import contextlib
 import functools
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 from torch import fx
+from torch._decomp import decomposition_table
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nxfx.errors import UsageError
+from nxfx.graph import matrix_products
 
 __all__ = ["AutoCast", "CastType", "Emulated", "Emulation", "emulate", "round_to"]
 
@@ -43,15 +45,10 @@ CastType = Literal["bf16", "fp16", "tf32", "fp8_e4m3"]
 
 aten = torch.ops.aten
 
-# Where the factors of a matrix product stand. Composite ops (linear, matmul, einsum, lstm) arrive here as these.
-_FACTORS: dict[Any, tuple[int, ...]] = {
-    **dict.fromkeys([aten.mm.default, aten.bmm.default, aten.mv.default, aten.dot.default, aten.vdot.default], (0, 1)),
-    **dict.fromkeys([aten.addmm.default, aten.baddbmm.default, aten.addbmm.default, aten.addmv.default], (1, 2)),
-    **dict.fromkeys([aten._addmm_activation.default, aten.addmm_.default, aten.baddbmm_.default], (1, 2)),
-    **dict.fromkeys([aten.convolution.default, aten._convolution.default, aten.convolution_overrideable.default], (0, 1)),
-    aten.convolution_backward.default: (0, 1, 2),
-}
 _FUSED_ATTENTION = aten._scaled_dot_product_flash_attention_for_cpu.default
+_DISTANCES = aten._euclidean_dist.default  # a product of coordinates beside their squared norms
+# What these write they do not read; nor do random ops, which torch tags.
+_OVERWRITES = frozenset([aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default])
 _FORMATS = {"tf32": (10, -126, math.inf), "fp8_e4m3": (3, -6, 240.0)}  # bits of mantissa, smallest exponent, largest number
 
 
@@ -87,48 +84,82 @@ class Emulation(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, autocast: AutoCast = "matmult", cast_type: CastType = "bf16") -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's modes have no annotations
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's modes have no annotations, here and below
         _one_of("autocast", autocast, AutoCast)
         _one_of("cast_type", cast_type, CastType)
         self.autocast, self.cast_type = autocast, cast_type
         self.rounded: Counter[str] = Counter()
         self.overflowed: Counter[str] = Counter()
+        self._outside: list[contextlib.AbstractContextManager[None]] = []
+
+    def __enter__(self) -> Any:
+        if self.autocast == "none":
+            return self
+        self._outside.append(contextlib.nullcontext() if self._outside else _products_in_sight())
+        self._outside[-1].__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *raised: Any) -> None:
+        if self.autocast != "none":
+            super().__exit__(*raised)  # type: ignore[no-untyped-call]
+            self._outside.pop().__exit__(*raised)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if isinstance(func, torch._ops.HigherOrderOperator):
             return func(*pytree.tree_map(self._body, list(args)), **pytree.tree_map(self._body, kwargs))
-        if self.autocast == "none":
-            return func(*args, **kwargs)
-        if func._can_decompose():  # in inference mode composite ops arrive whole
+        is_float32 = bool(args) and _is_float32(args[0])
+        if func._can_decompose() or (func is _DISTANCES and is_float32):  # in inference mode composite ops arrive whole
             with self:
-                return func.decompose(*args, **kwargs)
-        if func is _FUSED_ATTENTION and args[0].dtype == torch.float32:
+                return (func.decompose if func is not _DISTANCES else decomposition_table[func])(*args, **kwargs)
+        if func is _FUSED_ATTENTION and is_float32:
             return self._attention(*args, **kwargs)
-        return self._run(func, args, kwargs)
+        if self.autocast == "all" and func.namespace in ("aten", "prims") and not func.is_view and torch.Tag.inplace_view not in func.tags:
+            return self._everything(func, args, kwargs)
+        factors = matrix_products.factor_positions(func)
+        return func(*(self._rounded(func, a) if i in factors else a for i, a in enumerate(args)), **kwargs)
 
-    def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        factors = _FACTORS.get(func, ())
-        everything = self.autocast == "all" and func.namespace in ("aten", "prims") and not func.is_view
-        if everything:
-            cast = functools.partial(self._operand, func, numbers=torch.Tag.pointwise in func.tags)
-            written = {i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write}
-            result = func(*(a if i in written and not factors else pytree.tree_map(cast, a) for i, a in enumerate(args)), **kwargs)
-            for position in written:
-                args[position].copy_(self._result(func, args[position]))
-            return args[0] if written else pytree.tree_map(functools.partial(self._result, func), result)
-        return func(*(self._operand(func, a) if i in factors else a for i, a in enumerate(args)), **kwargs)
+    def _everything(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """One op with what it reads, makes and writes rounded."""
+        if func is aten.native_batch_norm.default and args[5] and args[3] is not None:
+            func = aten._native_batch_norm_legit.default  # the same, and says that it writes the running statistics
+        arguments = {a.name: a for a in func._schema.arguments}
+        given = dict(zip(arguments, args, strict=False)) | kwargs
+        written = {n: v for n, v in given.items() if (alias := arguments[n].alias_info) is not None and alias.is_write}
+        read = {n: v for n, v in given.items() if n not in written or not arguments[n].kwarg_only}
+        numbers = _has_float32(read)
+        if not numbers and torch.Tag.pointwise in func.tags:
+            numbers = _has_float32(written or func(*args, **kwargs))
+        for name, value in read.items():
+            if name not in written:
+                given[name] = self._rounded(func, value, numbers=numbers and _is_data(arguments[name]))
+            elif func not in _OVERWRITES and torch.Tag.nondeterministic_seeded not in func.tags:
+                _in_place(value, functools.partial(self._operand, func))
+        result = func(*list(given.values())[: len(args)], **dict(list(given.items())[len(args) :]))
+        _in_place(written, functools.partial(self._result, func))
+        tensors = {id(t) for t in pytree.tree_leaves(written)}
+        return pytree.tree_map(lambda r: r if id(r) in tensors else self._result(func, r), result)
 
     def _attention(self, query: Any, key: Any, value: Any, dropout: float = 0.0, causal: bool = False, **options: Any) -> Any:
         """The fused kernel as the two products that it is."""
         mask, scale = options.get("attn_mask"), options.get("scale")
+        alone = causal and mask is None
+        if causal and mask is not None:  # the kernel takes both, what it stands for takes one
+            visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+            mask = mask.masked_fill(~visible, -math.inf)
+        grouped = query.shape[1] != key.shape[1]
         with self:
-            found = aten._scaled_dot_product_attention_math.default(query, key, value, mask, dropout, causal, scale=scale)[0]
+            products = aten._scaled_dot_product_attention_math.default
+            found = products(query, key, value, mask, dropout, alone, scale=scale, enable_gqa=grouped)[0]
         return found, _FUSED_ATTENTION(query, key, value, dropout, causal, **options)[1]
 
+    def _rounded(self, func: Any, value: Any, *, numbers: bool = False) -> Any:
+        return pytree.tree_map(functools.partial(self._operand, func, numbers=numbers), value)
+
     def _operand(self, func: Any, value: Any, *, numbers: bool = False) -> Any:
-        if numbers and type(value) is float:
-            return round_to(torch.tensor(value, dtype=torch.float32), self.cast_type).item()
+        if numbers and type(value) in (int, float):
+            number = round_to(torch.tensor(value, dtype=torch.float32), self.cast_type).item()
+            return type(value)(number) if math.isfinite(number) else number
         if not _is_float32(value):
             return value
         self.rounded[func.name()] += 1
@@ -145,7 +176,7 @@ class Emulation(TorchDispatchMode):
 
     def _body(self, value: Any) -> Any:
         """A body of a higher-order op, run under the same rules."""
-        if not isinstance(value, torch.nn.Module):
+        if not callable(value):
             return value
 
         def body(*operands: Any) -> Any:
@@ -168,7 +199,7 @@ class Emulated(torch.nn.Module):
         self.module, self.emulation = module, emulation
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), _without_onednn(), self.emulation:
+        with torch.no_grad(), self.emulation:
             return self.module(*args, **kwargs)
 
 
@@ -186,14 +217,38 @@ def emulate(graph_module: fx.GraphModule | torch.nn.Module, autocast: AutoCast =
     return Emulated(graph_module, Emulation(autocast, cast_type))
 
 
-def _without_onednn() -> contextlib.AbstractContextManager[None]:
-    """oneDNN hides the products of an lstm, and runs float32 ones in bf16 where torch.set_float32_matmul_precision says so."""
-    off: contextlib.AbstractContextManager[None] = torch.backends.mkldnn.flags(enabled=False)
-    return off
+@contextlib.contextmanager
+def _products_in_sight() -> Iterator[None]:
+    """Nothing that runs ops where a mode does not see them.
+
+    oneDNN hides the products of an lstm, and runs float32 ones in bf16 where torch.set_float32_matmul_precision says so; a fused encoder
+    layer hides all of its own; torch.compile, which eager higher-order ops call, leaves the mode outside what it compiled before.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.backends.mkldnn.flags(enabled=False), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _is_float32(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def _in_place(values: Any, rounding: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    for tensor in filter(_is_float32, pytree.tree_leaves(values)):
+        tensor.copy_(rounding(tensor))
+
+
+def _has_float32(values: Any) -> bool:
+    return any(map(_is_float32, pytree.tree_leaves(values)))
+
+
+def _is_data(argument: Any) -> bool:
+    """Whether a number given for ``argument`` is computed with, as a tensor would be: no size, probability or epsilon."""
+    return any(kind in str(argument.type) for kind in ("number", "Tensor"))
 
 
 def _one_of(what: str, given: Any, choices: Any) -> None:

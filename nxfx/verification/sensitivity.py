@@ -9,19 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from nxfx.graph import printing
+from nxfx.graph import matrix_products, printing
 from nxfx.report.locations import Location, locate
 from nxfx.verification.autocast import AutoCast, CastType, Emulation
 from nxfx.verification.deviation import relative_error
 from nxfx.verification.precision import Precision
 from nxfx.verification.stepping import Values, attribute, evaluate
-
-aten = torch.ops.aten
-MATMULS = frozenset(
-    {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten.matmul.default, aten.linear.default,
-     aten.dot.default, aten.mv.default, aten.einsum.default, aten.scaled_dot_product_attention.default, aten.convolution.default,
-     aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv2d.padding, aten.conv1d.padding}
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ def matmul_losses(
             values[node] = attribute(graph_module, node)
         else:
             values[node] = value = evaluate(node, values.__getitem__, None)
-            if node.target in MATMULS:
+            if matrix_products.factor_positions(node.target):
                 truth = evaluate(node, values.__getitem__, precision)
                 with Emulation(autocast, cast_type):
                     rounded = evaluate(node, values.__getitem__, None)

@@ -195,8 +195,10 @@ def tables_section() -> Iterator[str]:
 UNDER = {
     "matmult": "It rounds the factors of float32 matrix products; where a spelling has none nothing changes.",
     "all": """It rounds the positions themselves, in whatever type the graph has them, and what is rounded to bf16 later is rounded once
-more: beyond that prepared is no worse. † A number became infinite, since fp16 has none above 65504 and fp8_e4m3 none above 240; bf16
-has, so a model that keeps its positions in bf16 is better off there. `nxfx.trace` warns of `all`, with the line: [NX550](codes/NX550.md).""",
+more. It rounds the numbers beside float32 too (a timestep's 9.21 / 32), which a bf16 model is multiplied by unrounded on a CPU. Beyond that
+prepared is no worse than the original, or than the model in float32. † A number became infinite, since fp16 has none above 65504 and
+fp8_e4m3 none above 240; bf16 has, so a model that keeps its positions in bf16 is better off there. `nxfx.trace` warns of `all`, with
+the line: [NX550](codes/NX550.md).""",
 }
 
 
