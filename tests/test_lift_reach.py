@@ -36,7 +36,6 @@ UNLISTED: dict[str, Callable[[Tensor], Tensor]] = {
     "atleast_2d": lambda q: torch.atleast_2d(q)[0],
     "rot90": lambda q: torch.rot90(q.view(4, 4)).reshape(-1),
     "kron": lambda q: torch.kron(q, torch.ones(2, dtype=q.dtype))[:16],
-    "tensordot": lambda q: torch.tensordot(q, torch.ones(1, dtype=q.dtype), 0)[:, 0],
     "interpolate": lambda q: F.interpolate(q.view(1, 1, 4, 4), size=(4, 4), mode="bilinear").flatten(),
     "avg_pool": lambda q: F.avg_pool1d(q[None, None], 1)[0, 0],
     "pixel_unshuffle": lambda q: F.pixel_unshuffle(q.view(1, 1, 4, 4), 2).flatten(),
