@@ -19,7 +19,7 @@ from nxfx.analysis.mask_rules import CLAMPED, LOW, RULES, SCORE, Levels, operand
 from nxfx.analysis.nan_readers import nan_readers
 from nxfx.analysis.range_rules import overloads
 from nxfx.analysis.unknown_masks import unknown_masks
-from nxfx.graph import meta
+from nxfx.graph import meta, walk
 from nxfx.graph.builder import NodeBuilder
 from nxfx.pipeline import Pass, PassContext, PassResult
 from nxfx.report.findings import Severity
@@ -86,11 +86,18 @@ class FiniteMasks(Pass):
     targets = _SOFTMAX | {_SDPA}
     after = ("mask-slice-writes", "lift-int-casts", "narrow-64bit", "exact-integer-sums")
 
+    def wanted(self, graph: fx.Graph) -> bool:
+        return super().wanted(graph) or any(walk.is_higher_order(node) for node in graph.nodes)
+
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         result = PassResult()
         masks = _Masks(graph_module.graph, self, context, result)
         for site in list(_sites(graph_module.graph)):
             masks.repair(site)
+        for call in filter(walk.is_higher_order, list(graph_module.graph.nodes)):
+            inside = [scope for _, body in walk.bodies(graph_module, call) for scope in walk.scopes(body)]
+            if any(super(FiniteMasks, self).wanted(scope.graph_module.graph) for scope in inside):
+                masks.tell_entering(call)
         result.changed = bool(result.rewrites)
         return result
 
@@ -147,6 +154,12 @@ class _Masks:
             self._kept(hazard, f"{op_name(reader)} tells rows that are masked whole by their nan")
             return
         self._replace(site, floor, threshold if safe or readers else None, full)
+
+    def tell_entering(self, call: fx.Node) -> None:
+        """A body's graph is another one: a mask that is made outside stays what it is."""
+        for operand in filter(meta.is_tensor, call.all_input_nodes):
+            if any(level.eager == -math.inf for level in self.eager.of(operand)):
+                self._kept(operand, f"it is made outside the body of {op_name(call)} whose softmax may read it")
 
     def _replace(self, site: _Site, floor: float, threshold: float | None, full: bool) -> None:
         levels = self.levels[floor].of(site.root)

@@ -284,6 +284,26 @@ def test_bodies_of_higher_order_ops_are_repaired() -> None:
     assert not captured(*args)[0].isnan().any()
 
 
+def _in_a_body(x: Tensor, keep: Tensor) -> Tensor:
+    return torch.cond(keep.any(), lambda x, mask: softmax(x + mask, -1), lambda x, mask: softmax(x, -1), (x, _inf(x, keep)))
+
+
+def _out_of_a_body(x: Tensor, keep: Tensor) -> Tensor:
+    mask = torch.cond(keep.any(), lambda keep: torch.where(keep, 0.0, -math.inf), lambda keep: torch.zeros(keep.shape), (keep,))
+    return softmax(x + mask, -1)
+
+
+def _out_of_a_body_finite(x: Tensor, keep: Tensor) -> Tensor:
+    mask = torch.cond(keep.any(), lambda keep: torch.where(keep, 0.0, -1e9), lambda keep: torch.zeros(keep.shape), (keep,))
+    return softmax(x + mask, -1)
+
+
+@pytest.mark.parametrize(("model", "lost"), [(_in_a_body, True), (_out_of_a_body, True), (_out_of_a_body_finite, False)])
+def test_a_mask_that_crosses_the_edge_of_a_body_is_told(model: Callable[[Tensor, Tensor], Tensor], lost: bool) -> None:
+    result = run_passes(graph_of(model, (scores(FP32), kept(0))), "finite-masks")
+    assert not result.changed and [f.code for f in result.findings] == ["NX601"] * lost
+
+
 def test_dynamic_shapes() -> None:
     length = torch.export.Dim("length", min=2, max=64)
 
@@ -333,6 +353,7 @@ NAN_READERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "nan_to_num-another-number": (lambda a: a.nan_to_num(0.5), False),
     "where-isnan": (lambda a: torch.where(a.isnan(), 0.0, a), False),
     "not-equal-to-itself": (lambda a: a.masked_fill(a != a, 0.0), False),
+    "after-isinf": (lambda a: torch.where(a.isinf().any(), a, a * 1.0).nan_to_num(), False),
     "nansum": (lambda a: a.nansum(1, True), True),
     "mean-over-heads": (lambda a: a.mean(1, True).nan_to_num(), False),
     "sum-over-heads": (lambda a: a.sum(1, True).nan_to_num(), False),
@@ -605,6 +626,11 @@ def test_a_row_that_keeps_its_largest_is_never_full(dtype: torch.dtype, case: st
     assert result.changed and not result.findings
 
 
+def test_isinf_tells_no_nan() -> None:
+    result = same_rows(lambda x, k: (lambda a: torch.where(a.isinf(), 0.5, a))(softmax(x + _inf(x, k), -1)), scores(FP32), kept(0))
+    assert result.changed and told(result) == {"NX602"}
+
+
 def test_log_softmax_is_told_where_a_row_may_be_full() -> None:
     result = same_rows(lambda x, k: (x + _inf(x, k)).log_softmax(-1), scores(FP32), kept(0), stays=True)
     assert not result.changed and told(result) == {"NX601"}
@@ -654,14 +680,17 @@ HELD: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor, Tensor, Tensor], T
 }
 
 
-@pytest.mark.parametrize("parameter", [False, True], ids=["buffer", "parameter"])
-@pytest.mark.parametrize("case", HELD)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masks_that_the_module_holds(dtype: torch.dtype, case: str, parameter: bool) -> None:
+@pytest.mark.parametrize("case", HELD)
+def test_masks_that_the_module_holds(dtype: torch.dtype, case: str) -> None:
     make, read = HELD[case]
-    if parameter and case == "of-ones-and-zeros":
-        return  # a weight
-    assert same_rows(Held(make(), read, parameter=parameter), scores(dtype, scale=2.0), kept(0)).changed
+    assert same_rows(Held(make(), read), scores(dtype, scale=2.0), kept(0)).changed
+
+
+@pytest.mark.parametrize("case", [case for case in HELD if case != "of-ones-and-zeros"])
+def test_a_parameter_that_holds_a_mask_is_one(case: str) -> None:
+    make, read = HELD[case]
+    assert same_rows(Held(make(), read, parameter=True), scores(BF16, scale=2.0), kept(0)).changed
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from nxfx.analysis.mask_rules import BOOL, CLAMPED, LOST, RULES, SCORE, Level, L
 from nxfx.analysis.mask_tables import MaskTables, Table
 from nxfx.analysis.provenance import Source
 from nxfx.analysis.uniform import UniformValues
-from nxfx.graph import meta
+from nxfx.graph import meta, walk
 
 _LARGEST_SET = 12  # of levels; more is no mask
 
@@ -130,6 +131,8 @@ class MaskLevels:
             return BOOL  # nobody takes an arbitrary integer from one
         if self.is_fill(node) and (constant := self.uniform.value(node)) is not None:
             return self._number(constant.item())
+        if node.target is operator.getitem and walk.is_higher_order(node.args[0]):  # type: ignore[arg-type]
+            return LOST if _leaves_a_body(*node.args) else SCORE  # type: ignore[arg-type]
         if node.target not in RULES:
             return self._unknown(node, carriers(node), dtype)
         found = RULES[node.target].combine(node, [self.of(v) for v in values(node)])
@@ -195,6 +198,16 @@ def _crowds(level: Level, scored: bool) -> bool:
 def rounded(number: float, dtype: torch.dtype) -> float:
     """``number`` as ``dtype`` holds it; an integer dtype is left to hold anything."""
     return float(torch.tensor(number, dtype=torch.float64).to(dtype)) if dtype.is_floating_point else number
+
+
+def _leaves_a_body(call: fx.Node, index: int) -> bool:
+    """Whether a body of the higher-order op may return a minus infinity of its own there."""
+    module = call.graph.owning_module
+    for _, body in walk.bodies(module, call) if module is not None else ():
+        returned: Any = next(iter(body.graph.find_nodes(op="output"))).args[0]
+        if any(level.eager == -math.inf for level in MaskLevels({}).of(returned[index])):
+            return True
+    return False
 
 
 def _is_made_of_integers(complement: fx.Node) -> bool:

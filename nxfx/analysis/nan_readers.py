@@ -17,6 +17,7 @@ from nxfx.graph import meta, walk
 aten = torch.ops.aten
 
 _ANSWERS = frozenset(overloads("nan_to_num", "nansum", "nanmean", "nanmedian", "fmax", "fmin"))
+_BLIND = METADATA | frozenset(overloads("isinf", "isposinf", "isneginf"))  # they say of a nan what they say of a number
 _PRODUCTS = frozenset(overloads("matmul", "bmm", "mm"))
 _ELEMENTWISE = frozenset(overloads("dropout", "mul"))
 _SHOWS = frozenset([*COPIES, *RESHAPES, *overloads("expand", "contiguous", "flatten")])
@@ -53,7 +54,7 @@ def nan_readers(node: fx.Node, dim: int) -> list[NanReader]:
     pending, seen, found = [(node, start)], {(node, start)}, []
     for reached, path in pending:
         for user in reached.users:
-            if user.op != "call_function" or user.target in METADATA or walk.is_higher_order(user):
+            if user.op != "call_function" or user.target in _BLIND or walk.is_higher_order(user):
                 continue
             if user.target in _ANSWERS or not _is_float(user):
                 found.append(NanReader(user, path is not _Path.MIXED and _takes_for_zero(user)))
