@@ -166,8 +166,8 @@ class _Masks:
         root = self._again(site.root, floor, _bound(levels))
         if threshold is not None:
             self._zero_full_rows(site, root, threshold)
-        elif full:
-            self._tell_full_rows(site, levels)
+        if full:
+            self._tell_full_rows(site, levels, zeroed=threshold is not None)
         site.node.replace_input_with(site.root, root)
 
     def _floor(self, site: _Site) -> float | None:
@@ -283,14 +283,15 @@ class _Masks:
             zeroed = self.build.call(aten.masked_fill.Scalar, site.node, full, 0.0)
         site.node.replace_all_uses_with(zeroed, delete_user_cb=lambda user: user is not zeroed)
 
-    def _tell_full_rows(self, site: _Site, levels: Levels) -> None:
+    def _tell_full_rows(self, site: _Site, levels: Levels, *, zeroed: bool) -> None:
         told = ["a row of minus infinities is nan in the model, and finite now: what its softmax makes of the masks' new numbers"]
-        if not any(level.eager == -math.inf for level in levels):
+        if zeroed or not any(level.eager == -math.inf for level in levels):
             told = []
         if any(-math.inf < level.eager < LOW and level.eager != level.now for level in levels):
             told.append("a row that is masked whole by finite numbers holds what its scores round to beside them, which are others now")
         fix = "do not use such rows (padding), or multiply them by zero"
-        self.result.findings.append(self.step.finding(site.node, "NX602", Severity.INFO, "; ".join(told), fix))
+        if told:
+            self.result.findings.append(self.step.finding(site.node, "NX602", Severity.INFO, "; ".join(told), fix))
 
     # --- the report --------------------------------------------------------------------------------------------------
 

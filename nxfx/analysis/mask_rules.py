@@ -200,9 +200,9 @@ def _leaky(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
 
 
 def _logarithm(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    if any(level.scored or level.eager < 0 or level.eager != level.now for level in parts[0]):
+    if any(level.scored or level.eager != level.now for level in parts[0]):
         return None
-    logs = [math.log(level.eager) if level.eager else -math.inf for level in parts[0]]
+    logs = (float(node.target(torch.tensor(level.eager, dtype=torch.float64))) for level in parts[0])  # type: ignore[operator]
     return {Level(log, log) for log in logs}
 
 
@@ -210,7 +210,7 @@ SAME = Rule((0,), _union)
 _INDEX_PUTS = frozenset(overloads("index_put"))
 _EXTREMES = frozenset([*overloads("amax", "logsumexp"), aten.max.dim])
 _PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
-CLAMPED = frozenset(overloads("log"))
+CLAMPED = frozenset(overloads("log", "log2", "log10", "log1p"))
 """The ops that make minus infinity of an ordinary number."""
 RULES: dict[Any, Rule] = {
     **dict.fromkeys([*PRESERVING_VIEWS, *SELECTIONS, *overloads("_to_copy", "type_as", "topk")], SAME),
@@ -232,7 +232,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys([aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default], Rule((0,), _clamped)),
     **dict.fromkeys([*overloads("maximum", "minimum"), aten.max.other, aten.min.other], Rule((0, 1), _extreme)),
     aten.leaky_relu.default: Rule((0,), _leaky),
-    aten.log.default: Rule((0,), _logarithm),
+    **dict.fromkeys(CLAMPED, Rule((0,), _logarithm)),
     aten.neg.default: Rule((0,), _negative),
 }
 _NAMES: dict[tuple[Any, int], str] = {(aten.constant_pad_nd.default, 2): "value", (aten.pad.default, 3): "value"}
