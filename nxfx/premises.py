@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
 
+from nxfx.analysis.mask_rules import LOW
 from nxfx.analysis.provenance import Premise
 from nxfx.errors import PrepareError
 from nxfx.graph.meta import FakeTensor
@@ -52,4 +54,8 @@ def holds(premise: Premise, tensor: torch.Tensor) -> bool:
         return premise.detail[0] <= low.item() and high.item() <= premise.detail[1]
     if premise.fact == "finite-nonnegative":
         return bool(torch.isfinite(tensor).all() and (tensor >= 0).all() and not torch.signbit(tensor).any())
+    if premise.fact in ("among", "low-among"):
+        held = tensor.detach().flatten()
+        held = (held[held < LOW] if premise.fact == "low-among" else held).double().clamp_min(-sys.float_info.max)
+        return bool(torch.isin(held, torch.tensor(premise.detail, dtype=torch.float64, device=held.device)).all())
     return False

@@ -2,7 +2,8 @@
 
 A mask holds one of a handful of constants at each place: 0 where a position is kept, minus infinity or a huge negative number where it is
 not. Masks are added to one another, rounded by casts and added to scores. Each element of such a value is one :class:`Level`. Everything
-else counts as a score: an ordinary number of unknown size, to which a level is an offset.
+else counts as a score: an ordinary number of unknown size, to which a level is an offset. A minus infinity that meets an op without a rule
+is followed too, as one that stays: it is never taken for a score.
 """
 
 from __future__ import annotations
@@ -10,75 +11,50 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
 from nxfx.analysis import dtype_rules
-from nxfx.analysis.float_ops import is_complement
-from nxfx.analysis.intervals import arg
-from nxfx.analysis.provenance import Role, Source
-from nxfx.analysis.range_rules import PRESERVING_VIEWS, overloads
+from nxfx.analysis.float_ops import FAMILIES, Family, dtype_of, is_complement
+from nxfx.analysis.mask_rules import BOOL, CLAMPED, LOST, RULES, SCORE, Level, Levels, carriers, moved_from, operands, values
+from nxfx.analysis.mask_tables import MaskTables, Table
+from nxfx.analysis.provenance import Source
 from nxfx.analysis.uniform import UniformValues
-from nxfx.graph import meta
-
-aten = torch.ops.aten
+from nxfx.graph import meta, walk
 
 _LARGEST_SET = 12  # of levels; more is no mask
-_SCAN_LIMIT = 1 << 22
-_SMALL = -1000.0  # a buffer with nothing below is no mask that could overflow
-
-
-class Level(NamedTuple):
-    """What an element can be.
-
-    Attributes:
-        eager: the number in the model.
-        now: the number when fills below the floor are raised to it.
-        scored: a score is added to it.
-    """
-
-    eager: float
-    now: float
-    scored: bool = False
-
-
-Levels: TypeAlias = frozenset[Level]
-SCORE: Levels = frozenset([Level(0.0, 0.0, True)])
-_BOOL: Levels = frozenset([Level(0.0, 0.0), Level(1.0, 1.0)])
-_Combine: TypeAlias = Callable[[fx.Node, list[Levels]], Iterable[Level] | None]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How an op makes levels.
-
-    Attributes:
-        positions: of the arguments whose values its result is made of.
-        combine: their levels → its levels before rounding; None for a score.
-    """
-
-    positions: tuple[int, ...]
-    combine: _Combine
 
 
 class MaskLevels:
-    """Levels of the values of one graph.
+    """Levels of the values of one graph, as the model has it.
 
     Args:
         sources: placeholder or ``get_attr`` node name → origin.
-        floor: what fills below it are raised to; ``-inf``: the model as it is.
-        uniform: values that are one constant everywhere.
     """
 
-    def __init__(self, sources: Mapping[str, Source], floor: float = -math.inf, uniform: UniformValues | None = None) -> None:
-        self.floor = floor
-        self.uniform = uniform or UniformValues(sources)
-        self._sources = sources
+    floor = -math.inf
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self.uniform = UniformValues(sources)
+        self.tables = MaskTables(sources)
         self._known: dict[fx.Node, Levels] = {}
+        self._followed: set[fx.Node] = set()
+
+    def raised(self, floor: float) -> MaskLevels:
+        """The levels when infinite fills become ``floor``, and huge finite ones half of it: which of them is the lower stays so."""
+        other = MaskLevels({})
+        other.floor, other.uniform, other.tables = floor, self.uniform, self.tables
+        return other
+
+    def raise_fill(self, number: float) -> float:
+        """What a fill becomes."""
+        if math.isinf(number):
+            return max(number, self.floor) if number < 0 else min(number, -self.floor)
+        return min(max(number, self.floor / 2), -self.floor / 2)
 
     def of(self, value: Any) -> Levels:
         """The levels of a node or a number."""
@@ -87,7 +63,7 @@ class MaskLevels:
         stack = [value]
         while stack:
             node = stack[-1]
-            missing = [n for n in operands(node) if n not in self._known] if node not in self._known else []
+            missing = [n for n in operands(node) + carriers(node) if n not in self._known] if node not in self._known else []
             if missing:
                 stack += missing
                 continue
@@ -96,194 +72,143 @@ class MaskLevels:
                 self._known[node] = self._compute(node)
         return self._known[value]
 
+    def follows(self, node: fx.Node) -> bool:
+        """Whether ``node`` can be made again of operands with other fills."""
+        self.of(node)
+        return node in self._followed
+
     def reached(self, root: fx.Node) -> Iterator[fx.Node]:
         """``root`` and the nodes that its levels come from."""
         stack, seen = [root], {root}
         while stack:
             node = stack.pop()
             yield node
-            if self.of(node) != SCORE and not self.is_fill(node):
+            if self.of(node) != SCORE and self.follows(node):
                 fresh = [n for n in operands(node) if n not in seen]
                 seen.update(fresh)
                 stack += fresh
+
+    def held(self, root: fx.Node) -> Iterator[Table]:
+        """The tables that ``root`` is made of, masks now or not."""
+        stack, seen = [root], {root}
+        while stack:
+            node = stack.pop()
+            table = self.tables.of(node) if node.op in ("placeholder", "get_attr") else None
+            if table is not None:
+                yield table
+            fresh = [n for n in operands(node) if n not in seen and dtype_of(n) is not torch.bool]
+            seen.update(fresh)
+            stack += fresh
 
     def is_fill(self, node: fx.Node) -> bool:
         """Whether ``node`` is one constant everywhere and not made of others, or a table of constants."""
         return node.op != "call_function" or (not operands(node) and self.uniform.value(node) is not None)
 
     def hazard(self, root: fx.Node, *, scored: bool = False) -> fx.Node | None:
-        """A node on the way to ``root`` that can be minus infinity; ``scored``: scores are still to be added to ``root``."""
+        """A node by which ``root`` can be minus infinity; ``scored``: scores are still to be added to ``root``."""
+        infinite = any(level.now == -math.inf for level in self.of(root))
         for node in self.reached(root):
-            dtype = meta.dtype_of(node)
-            if dtype is not None and any(_overflows(level, dtype, scored and node is root) for level in self.of(node)):
+            levels = self.of(node)
+            crowded = dtype_of(node) is torch.float16 and any(_crowds(level, scored and node is root) for level in levels)
+            if crowded or (infinite and any(level.now == -math.inf for level in levels)):
                 return node
         return None
 
+    def lost(self, root: fx.Node) -> fx.Node | None:
+        """The op without a rule through which a minus infinity may come to ``root``."""
+        unknown = (n for n in self.reached(root) if not self.follows(n) and not self.is_fill(n))
+        return next((n for n in unknown if any(level.now == -math.inf for level in self.of(n))), None)
+
     def _compute(self, node: fx.Node) -> Levels:
-        dtype = meta.dtype_of(node)
+        dtype = dtype_of(node)
         if dtype is torch.bool:
-            return _BOOL
-        if dtype is None or not dtype.is_floating_point:
+            return BOOL
+        if dtype is None or dtype.is_complex:
             return SCORE
-        constant = self.uniform.value(node)
-        if constant is not None:
-            return self._number(constant.item())
         if node.op != "call_function":
             return self._table(node)
         if is_complement(node) and _is_made_of_integers(node):
-            return _BOOL  # nobody takes an arbitrary integer from one
-        rule = RULES.get(node.target)
-        found = rule.combine(node, [self.of(v) for v in values(node)]) if rule is not None else None
-        if found is None:
-            return SCORE
-        if node.target in CLAMPED:  # (mask - 1) * max has no fill that could be raised: the product is
-            raised = {x if x.scored or rounded(x.now, dtype) == -math.inf else x._replace(now=max(x.now, self.floor)) for x in found}
-            return self._rounded(raised, dtype)
-        return self._rounded(found, dtype)
+            return BOOL  # nobody takes an arbitrary integer from one
+        if self.is_fill(node) and (constant := self.uniform.value(node)) is not None:
+            return self._number(constant.item())
+        if node.target is operator.getitem and walk.is_higher_order(node.args[0]):  # type: ignore[arg-type]
+            return LOST if _leaves_a_body(*node.args) else SCORE  # type: ignore[arg-type]
+        if node.target not in RULES:
+            return self._unknown(node, carriers(node), dtype)
+        found = RULES[node.target].combine(node, [self.of(v) for v in values(node)])
+        if found is not None and node.target in CLAMPED:
+            found = [x._replace(now=max(x.now, self.floor)) for x in found]
+        levels = _rounded(found, dtype) if found is not None else None
+        if levels is None:
+            return self._unknown(node, operands(node), dtype)
+        if not dtype.is_floating_point:
+            return _of_integers(levels)
+        self._followed.add(node)
+        return levels
 
-    def _rounded(self, found: Iterable[Level], dtype: torch.dtype) -> Levels:
-        levels = frozenset(Level(rounded(e, dtype), rounded(n, dtype), s) for e, n, s in found)
-        if any(math.isnan(x) or x == math.inf for level in levels for x in level[:2]):
-            return SCORE
-        return levels if len(levels) <= _LARGEST_SET else frozenset(_extremes(levels))
+    def _unknown(self, node: fx.Node, operands: list[fx.Node], dtype: torch.dtype) -> Levels:
+        """What an op makes of infinities, and arithmetic of numbers that are almost infinite, may be one."""
+        computes = FAMILIES.get(node.target) is Family.COMPUTE and dtype.is_floating_point
+        most = torch.finfo(dtype).max / 2 if computes else math.inf
+        return LOST if any(abs(level.eager) >= most for n in operands for level in self.of(n)) else SCORE
 
     def _number(self, value: Any) -> Levels:
-        if not isinstance(value, (bool, int, float)) or math.isnan(value) or value == math.inf:
+        if not isinstance(value, (bool, int, float)) or math.isnan(value):
             return SCORE
-        return frozenset([Level(float(value), max(float(value), self.floor))])
+        return frozenset([Level(float(value), self.raise_fill(float(value)))])
 
     def _table(self, node: fx.Node) -> Levels:
-        source = self._sources.get(node.name)
-        held = source.value if source is not None and source.is_known else None
-        if held is None or source is None or source.role not in (Role.BUFFER, Role.CONSTANT):
+        table = self.tables.of(node)
+        if table is None:
             return SCORE
-        if isinstance(held, meta.FakeTensor) or held.is_meta or not 0 < held.numel() <= _SCAN_LIMIT or float(held.min()) > _SMALL:
-            return SCORE
-        distinct = torch.unique(held.detach().double())
-        if distinct.numel() > _LARGEST_SET or not bool((distinct < math.inf).all()):
-            return SCORE
-        return frozenset(Level(v, max(v, self.floor)) for v in distinct.tolist())
+        if table.rest is None:
+            return SCORE | {Level(v, self.raise_fill(v), True) for v in table.low}
+        levels = frozenset(Level(v, self.raise_fill(v)) for v in table.low + table.rest)
+        return _of_integers(levels) if dtype_rules.is_integral(meta.dtype_of(node)) else levels
 
 
-def operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose levels those of ``node`` are made of."""
-    return [v for v in values(node) if isinstance(v, fx.Node)]
+def _rounded(found: Iterable[Level], dtype: torch.dtype) -> Levels | None:
+    levels = frozenset(Level(rounded(e, dtype), rounded(n, dtype), s) for e, n, s in found)
+    if any(math.isnan(x) or (x == math.inf and level.scored) for level in levels for x in level[:2]):
+        return None
+    return levels if len(levels) <= _LARGEST_SET else frozenset(_extremes(levels))
 
 
-def values(node: fx.Node) -> list[Any]:
-    """The nodes and numbers whose levels those of ``node`` are made of, in the order of :class:`Rule`'s positions."""
-    rule = RULES.get(node.target) if node.op == "call_function" else None
-    found: list[Any] = []
-    for position in rule.positions if rule is not None else ():
-        argument = node.args[position] if position < len(node.args) else node.kwargs.get(_NAMES.get((node.target, position), ""))
-        found += argument if isinstance(argument, (list, tuple)) else [argument]
-    return [v for v in found if v is not None]
+def _of_integers(levels: Levels) -> Levels:
+    """Integers are no fills: nothing of them is built again."""
+    small = all(abs(level.eager) < 2**53 and not level.scored for level in levels)
+    return frozenset(level._replace(now=level.eager) for level in levels) if small else SCORE
 
 
 def _extremes(levels: Levels) -> Iterator[Level]:
     """What decides whether sums overflow, and what parts those that were minus infinity from the others."""
-    for key in itertools.product((True, False), (True, False)):
-        alike = [level for level in levels if (level.scored, level.eager == -math.inf) == key]
+    for key in itertools.product((True, False), (True, False), (True, False)):
+        alike = [level for level in levels if (level.scored, level.eager == -math.inf, level.eager == level.now) == key]
         if alike:
             yield min(alike, key=lambda level: level.now)
             yield max(alike, key=lambda level: level.now)
 
 
-def _overflows(level: Level, dtype: torch.dtype, scored: bool) -> bool:
-    """Whether adding scores may still take it to minus infinity: fp16's largest numbers are no larger than scores can be."""
-    return level.now == -math.inf or ((scored or level.scored) and dtype is torch.float16 and level.now < torch.finfo(dtype).min / 2)
+def _crowds(level: Level, scored: bool) -> bool:
+    """Whether scores may still take it to minus infinity: fp16's largest numbers are no larger than scores can be."""
+    return (scored or level.scored) and level.now < torch.finfo(torch.float16).min / 2
 
 
 @functools.lru_cache(maxsize=4096)
 def rounded(number: float, dtype: torch.dtype) -> float:
-    """``number`` as the float ``dtype`` holds it."""
-    return float(torch.tensor(number, dtype=torch.float64).to(dtype))
+    """``number`` as ``dtype`` holds it; an integer dtype is left to hold anything."""
+    return float(torch.tensor(number, dtype=torch.float64).to(dtype)) if dtype.is_floating_point else number
+
+
+def _leaves_a_body(call: fx.Node, index: int) -> bool:
+    """Whether a body of the higher-order op may return a minus infinity of its own there."""
+    module = call.graph.owning_module
+    for _, body in walk.bodies(module, call) if module is not None else ():
+        returned: Any = next(iter(body.graph.find_nodes(op="output"))).args[0]
+        if any(level.eager == -math.inf for level in MaskLevels({}).of(returned[index])):
+            return True
+    return False
 
 
 def _is_made_of_integers(complement: fx.Node) -> bool:
-    node = next(iter(complement.all_input_nodes))
-    while RULES.get(node.target) is _SAME and node.op == "call_function":
-        node = node.args[0]  # type: ignore[assignment]
-    return dtype_rules.is_integral(meta.dtype_of(node))
-
-
-# --- the rules -------------------------------------------------------------------------------------------------------
-
-
-def _union(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    if node.target in _INDEX_PUTS and arg(node, 3, "accumulate", False):
-        return None
-    return frozenset().union(*parts)
-
-
-def _or_zero(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    return parts[0] | {Level(0.0, 0.0)}
-
-
-def _padded(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    constant = node.target is not aten.pad.default or arg(node, 2, "mode", "constant") == "constant"
-    return _union(node, parts) if len(parts) > 1 or not constant else _or_zero(node, parts)
-
-
-def _sum(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    if len(parts) != 2 or arg(node, 2, "alpha", 1) != 1:
-        return None
-    return {Level(a.eager + b.eager, a.now + b.now, a.scored or b.scored) for a, b in itertools.product(*parts)}
-
-
-def _difference(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    a, b = parts if "rsub" not in str(node.target) else parts[::-1]
-    if arg(node, 2, "alpha", 1) != 1:
-        return None
-    if any(level.scored and level[:2] != (0, 0) for level in b):
-        return None
-    return {Level(x.eager - y.eager, x.now - y.now, x.scored or y.scored) for x, y in itertools.product(a, b)}
-
-
-def _product(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    a, b = parts
-    if any(level.scored for level in a | b):
-        scored, factor = (a, b) if any(level.scored for level in a) else (b, a)
-        (scale,) = factor if len(factor) == 1 else (None,)
-        if scale is None or scale.scored or not scale.eager > 0:
-            return None
-        return {Level(x.eager * scale.eager, x.now * scale.eager, x.scored) for x in scored}
-    return {Level(x.eager * y.eager, x.now * y.now) for x, y in itertools.product(a, b)}
-
-
-def _quotient(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    (divisor,) = parts[1] if len(parts[1]) == 1 else (None,)
-    if divisor is None or divisor.scored or not divisor.eager > 0:
-        return None
-    return {Level(x.eager / divisor.eager, x.now / divisor.eager, x.scored) for x in parts[0]}
-
-
-def _negative(node: fx.Node, parts: list[Levels]) -> Iterable[Level] | None:
-    return None if any(level.scored for level in parts[0]) else {Level(-x.eager, -x.now) for x in parts[0]}
-
-
-_SAME = Rule((0,), _union)
-_INDEX_PUTS = frozenset(overloads("index_put"))
-_PICKS = overloads(
-    "expand", "slice", "select", "narrow", "diagonal", "repeat", "index_select", "gather", "index", "tile", "_to_copy", "type_as"
-)  # fmt: skip
-_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
-CLAMPED = frozenset([*_PRODUCTS, aten.neg.default])
-"""The ops that make something below the floor of what is not."""
-RULES: dict[Any, Rule] = {
-    **dict.fromkeys([*PRESERVING_VIEWS, *_PICKS], _SAME),
-    **dict.fromkeys(overloads("where"), Rule((1, 2), _union)),
-    **dict.fromkeys([*overloads("masked_fill"), *_INDEX_PUTS], Rule((0, 2), _union)),
-    **dict.fromkeys(overloads("slice_scatter", "select_scatter", "diagonal_scatter"), Rule((0, 1), _union)),
-    **dict.fromkeys(overloads("copy", "fill"), Rule((1,), _union)),
-    **dict.fromkeys(overloads("cat", "stack"), Rule((0,), _union)),
-    **dict.fromkeys(overloads("tril", "triu"), Rule((0,), _or_zero)),
-    aten.constant_pad_nd.default: Rule((0, 2), _padded),
-    aten.pad.default: Rule((0, 3), _padded),
-    **dict.fromkeys([aten.add.Tensor, aten.add.Scalar], Rule((0, 1), _sum)),
-    **dict.fromkeys([aten.sub.Tensor, aten.sub.Scalar, *overloads("rsub")], Rule((0, 1), _difference)),
-    **dict.fromkeys(_PRODUCTS, Rule((0, 1), _product)),
-    **dict.fromkeys([aten.div.Tensor, aten.div.Scalar], Rule((0, 1), _quotient)),
-    aten.neg.default: Rule((0,), _negative),
-}
-_NAMES: dict[tuple[Any, int], str] = {(aten.constant_pad_nd.default, 2): "value", (aten.pad.default, 3): "value"}
+    return dtype_rules.is_integral(meta.dtype_of(moved_from(next(iter(complement.all_input_nodes)))))

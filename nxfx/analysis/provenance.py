@@ -69,10 +69,11 @@ class Premise:
 
     Attributes:
         source: the buffer's fully qualified name.
-        fact: kind of fact: ``"range"`` (low, high), ``"finite-nonnegative"`` or ``"value"``.
+        fact: kind of fact: ``"range"`` (low, high), ``"finite-nonnegative"``, ``"value"``, ``"among"`` (its numbers) or ``"low-among"``
+            (those of them below -1000). Minus infinity stands among these as the smallest float64.
         detail: the fact itself; re-checked when the tensor's identity or ``_version`` changes.
     """
 
     source: str
     fact: str
-    detail: tuple[int, int] | None = None
+    detail: tuple[float, ...] | None = None
