@@ -115,10 +115,15 @@ def _roughen(model: Any) -> None:
             buffer.add_(0.1 * torch.randn_like(buffer))
 
 
+def cache_argument(model: Any) -> str:
+    """What the model calls its cache: transformers 5.24 renamed ``past_key_values`` and ``cache_params``."""
+    return next(k for k in ("cache", "past_key_values", "cache_params", "state") if k in inspect.signature(model.forward).parameters)
+
+
 def _decode(model: Any, kwargs: Kwargs, cache: Cache | None) -> Kwargs:
     """Prefill with `kwargs`, then the arguments of the next token's step, position ids as `generate` makes them."""
     names = inspect.signature(model.forward).parameters
-    keyword = next(k for k in ("past_key_values", "cache_params", "state") if k in names)
+    keyword = cache_argument(model)
     mrope = "image_grid_thw" in names
     with_positions = "position_ids" in names and not mrope
     mask = kwargs.get("attention_mask")
@@ -142,8 +147,9 @@ def _decode_encdec(model: Any, kwargs: Kwargs, cache: Cache | None) -> Kwargs:
     encoder_outputs = model.get_encoder()(**{k: v for k, v in kwargs.items() if not k.startswith("decoder_")})
     shared = {"encoder_outputs": encoder_outputs, "use_cache": True}
     shared |= {k: v for k, v in kwargs.items() if k == "attention_mask"}
-    filled = model(**shared, decoder_input_ids=kwargs["decoder_input_ids"], past_key_values=cache)
-    return shared | {"decoder_input_ids": _words(1), "past_key_values": filled.past_key_values}
+    keyword = cache_argument(model)
+    filled = model(**shared, decoder_input_ids=kwargs["decoder_input_ids"], **{keyword: cache})
+    return shared | {"decoder_input_ids": _words(1), keyword: getattr(filled, keyword)}
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------------

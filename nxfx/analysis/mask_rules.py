@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import fx
 
-from nxfx.analysis.float_ops import MATRIX_PRODUCTS
 from nxfx.analysis.intervals import arg
 from nxfx.analysis.range_rules import PRESERVING_VIEWS, SELECTIONS, overloads
+from nxfx.graph import matrix_products
 
 aten = torch.ops.aten
 
@@ -237,7 +237,7 @@ RULES: dict[Any, Rule] = {
 }
 _NAMES: dict[tuple[Any, int], str] = {(aten.constant_pad_nd.default, 2): "value", (aten.pad.default, 3): "value"}
 # What is bounded, or nan, where an operand is minus infinity.
-_ENDS = (MATRIX_PRODUCTS - RULES.keys()) | frozenset(
+_ENDS = (frozenset(overloads(*matrix_products.NAMES)) - RULES.keys()) | frozenset(
     overloads(
         *(name for name in dir(aten) if "scaled_dot_product" in name),
         "softmax", "_softmax", "_safe_softmax", "exp", "exp2", "expm1", "sigmoid", "tanh", "relu", "relu6",

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx
 
-from nxfx.analysis.float_ops import MATRIX_PRODUCTS
 from nxfx.analysis.mask_rules import RULES, operands
 from nxfx.analysis.provenance import Role, Source
-from nxfx.graph import meta
+from nxfx.graph import matrix_products, meta
 
 aten = torch.ops.aten
 
@@ -23,7 +22,7 @@ def unknown_masks(root: fx.Node, sources: Mapping[str, Source], *, scored: bool)
     stack, seen = [root], {root}
     while stack:
         node = stack.pop()
-        scored |= node.target in MATRIX_PRODUCTS
+        scored |= bool(matrix_products.factor_positions(node.target))
         if node.op == "placeholder":
             source = sources.get(node.name)
             dtype = meta.dtype_of(node)

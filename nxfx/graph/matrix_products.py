@@ -33,6 +33,7 @@ _FACTORS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys([f"{net}{part}" for net in ("lstm", "gru", "rnn_tanh", "rnn_relu") for part in ("", "_cell")], (0, 1, 2, 3)),
     "mkldnn_rnn_layer": (0, 1, 2, 5),
 }
+NAMES = frozenset(_FACTORS)
 
 
 @functools.lru_cache(maxsize=4096)
