@@ -135,6 +135,7 @@ def test_a_prefix_sum_of_ones_is_a_sequence() -> None:
     [
         (lambda h: h * (torch.full((16,), 999.3, dtype=BF16)[:, None] * TABLE.to(BF16)).cos().repeat(1, 2), True),
         (lambda h: h * ((torch.ones(16, dtype=BF16) * 999)[:, None] * TABLE.to(BF16)).cos().repeat(1, 2), True),
+        (lambda h: h * (h.new_tensor([999, 750]).repeat(8)[:, None] * TABLE.to(BF16)).cos().repeat(1, 2), True),
         (lambda h: h * (torch.arange(16, 273, dtype=BF16)[:16, None] * 0.5), True),
         (lambda h: h * (torch.arange(257, dtype=BF16)[:16, None] * 0.5), False),
         (lambda h: h + torch.arange(0, 257, 16, dtype=BF16)[:16, None], False),
@@ -143,7 +144,8 @@ def test_a_prefix_sum_of_ones_is_a_sequence() -> None:
 def test_a_constant_that_bf16_rounds_is_a_position_and_one_that_it_holds_is_none(model: Callable[[Tensor], Tensor], changes: bool) -> None:
     """Of arange(257) the last number is 256, which bf16 holds."""
     found = lifted(model, (H,))
-    assert found.result.changed == changes and not found.codes
+    assert found.result.changed == changes
+    assert set(found.codes) <= {"NX102"}, "that 999 is 1000 in a constant of the code is beyond repair"
 
 
 def test_a_table_that_is_written_in_parts_is_lifted_before_it_is_folded() -> None:

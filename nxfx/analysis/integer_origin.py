@@ -37,7 +37,7 @@ from nxfx.analysis.float_ops import (
 )
 from nxfx.analysis.intervals import Interval, Ranges, fits
 from nxfx.analysis.provenance import Role, Source
-from nxfx.graph import matrix_products, outer_products
+from nxfx.graph import matrix_products, meta, outer_products
 
 
 @dataclass(slots=True)
@@ -146,8 +146,9 @@ class IntegerOrigins:
             held, learned = role in (Role.PARAMETER, Role.BUFFER, Role.CONSTANT), role is Role.PARAMETER
             low = dtype if dtype_rules.is_low_precision(dtype) else None
             # Whoever computes a table again says that its rounding matters: it counts as made of integers.
-            again, is_table = source is not None and source.recomputed, source is not None and source.is_table
-            table = Member(None, integer=again, learned=learned, tables=(node,) if is_table else (), low=low)
+            integer = source is not None and (source.recomputed or (role is Role.CONSTANT and _holds_positions(source.value, low)))
+            is_table = source is not None and source.is_table
+            table = Member(None, integer=integer, large=integer, learned=learned, tables=(node,) if is_table else (), low=low)
             self._tables[node] = table if held and dtype is not None and dtype.is_floating_point else None
         return self._tables[node]
 
@@ -299,6 +300,14 @@ class IntegerOrigins:
                 elif member.family is not Family.FACTORY:
                     return False
         return found
+
+
+def _holds_positions(value: torch.Tensor | None, low: torch.dtype | None) -> bool:
+    """Whether a constant of the model's code holds integers beyond those that low precision holds exactly: ``torch.tensor([999, 750])``."""
+    if value is None or low is None or isinstance(value, meta.FakeTensor) or value.is_meta or not 0 < value.numel() <= 64:
+        return False
+    held = value.double().abs()
+    return bool((held == held.floor()).all()) and dtype_rules.exact_integer(low) < float(held.max()) < 2**31
 
 
 def _is_rounded(number: Any, dtype: torch.dtype) -> bool:
