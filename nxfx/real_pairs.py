@@ -260,3 +260,6 @@ READERS: dict[Any, Callable[[RealPairs, fx.Node], fx.Node]] = {
     aten.imag.default: _one_part(1),
 }
 """Ops that read a complex value and give a real one."""
+
+SIZES = frozenset(overloads("sym_size", "sym_numel"))
+"""Ops that ask a complex value for what its parts have as well."""

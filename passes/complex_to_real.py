@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -12,7 +12,7 @@ from nxfx.analysis.uniform import UniformValues
 from nxfx.graph import meta
 from nxfx.graph.builder import NodeBuilder
 from nxfx.pipeline import Pass, PassContext, PassResult
-from nxfx.real_pairs import READERS, REAL, RULES, RealPairs, aten, is_complex
+from nxfx.real_pairs import READERS, REAL, RULES, SIZES, RealPairs, aten, is_complex
 from nxfx.report.rewrites import Kind
 
 
@@ -52,7 +52,7 @@ class ComplexToReal(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         result = PassResult()
         members = [n for n in graph_module.graph.nodes if n.op != "output" and is_complex(n)]
-        build = NodeBuilder(graph_module.graph, self.name) if members else None
+        build = _Undoable(graph_module.graph, self.name) if members else None
         for component in _components(members):
             if build is None or not all(_can_be_pair(node, context) for node in component):
                 continue
@@ -91,6 +91,8 @@ def _components(members: list[fx.Node]) -> list[list[fx.Node]]:
 def _can_be_pair(node: fx.Node, context: PassContext) -> bool:
     if meta.dtype_of(node) not in REAL:
         return False  # several outputs, or half precision
+    if node.meta.get("unbacked_bindings"):
+        return False  # the data decide the size: of two parts each would have a size of its own
     if node.op == "call_function":
         known = node.target in RULES
     else:
@@ -102,19 +104,36 @@ def _can_be_pair(node: fx.Node, context: PassContext) -> bool:
 def _reads_pair(user: fx.Node) -> bool:
     if user.op != "call_function" or is_complex(user):
         return user.op == "call_function"
-    return user.target in METADATA or user.target in READERS
+    if user.target in METADATA:
+        return user.target in SIZES or not user.users  # a part is laid out otherwise
+    return user.target in READERS
+
+
+class _Undoable(NodeBuilder):
+    """A builder that can take back what it made since the last ``begin``."""
+
+    def begin(self) -> None:
+        self._made: list[fx.Node] = []
+
+    def undo(self) -> None:
+        for node in reversed(self._made):
+            self.graph.erase_node(node)
+
+    def _finish(self, node: fx.Node, value: Any) -> fx.Node:
+        self._made.append(node)
+        return super()._finish(node, value)
 
 
 class _Made:
     """One component in real numbers."""
 
-    def __init__(self, build: NodeBuilder, context: PassContext) -> None:
+    def __init__(self, build: _Undoable, context: PassContext) -> None:
         self.build = build
         self.pairs = RealPairs(build, UniformValues(context.sources))
 
     def pairs_of(self, component: list[fx.Node]) -> bool:
         """Build the pairs; False, and nothing built, when one of the nodes cannot be one."""
-        before = set(self.build.graph.nodes)
+        self.build.begin()
         for node in component:
             with self.build.after(node):
                 if node.op == "get_attr":
@@ -129,8 +148,7 @@ class _Made:
                 self.pairs.pairs[node] = tuple(whole)  # type: ignore[assignment]
         else:
             return True
-        for made in reversed([n for n in self.build.graph.nodes if n not in before]):
-            self.build.graph.erase_node(made)
+        self.build.undo()
         return False
 
     def finish(self, component: list[fx.Node]) -> int:
@@ -138,6 +156,10 @@ class _Made:
         count = 0
         for node in reversed(component):
             for user in list(node.users):
+                if user.target in SIZES and user.users:
+                    with self.build.before(user):
+                        user.args = (*self.pairs.read(user, 0), *user.args[1:])
+                    continue
                 if user.target in READERS and not is_complex(user):
                     if node.op == "get_attr" and user.meta.get("nxfx", {}).get("made_by") == self.build.made_by:
                         continue
