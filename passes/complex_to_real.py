@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from nxfx.analysis.float_ops import METADATA, op_name
@@ -20,9 +21,10 @@ class ComplexToReal(Pass):
     """Complex arithmetic becomes arithmetic on pairs of real and imaginary parts, as in a complex rotary embedding.
 
     All of what hangs together is rewritten or none of it: from ``view_as_complex``, ``polar``, ``complex``, ``exp(1j * x)`` or a complex
-    buffer, by products, sums, quotients by something real, conjugates and whatever moves elements, to ``view_as_real``, ``real``,
-    ``imag``, ``abs`` or ``angle``. A complex buffer (``freqs_cis``) enters the graph as a real one with a last dimension of two, kept up to
-    date with the model's. What is left complex (an FFT, a complex input or output) is reported by check-constraints, NX502.
+    buffer, by products, sums, quotients, squares and cubes, exponentials, conjugates and whatever moves, chooses, writes or pads elements,
+    to ``view_as_real``, ``real``, ``imag``, ``abs`` or ``angle``. A complex buffer (``freqs_cis``) enters the graph as a real one with a
+    last dimension of two, kept up to date with the model's. What is left complex (an FFT, a matrix product, an index by booleans, a
+    complex input or output) is reported by check-constraints, NX502.
     Class: ``refines``: the same products and sums, rounded as real ones, in the dtypes of the complex ones. A product with a real number is
     two: where a complex kernel makes nan of the one part, as it multiplies an infinity in the other by the zero that it adds, none is made.
 
@@ -89,8 +91,9 @@ def _components(members: list[fx.Node]) -> list[list[fx.Node]]:
 
 
 def _can_be_pair(node: fx.Node, context: PassContext) -> bool:
-    if meta.dtype_of(node) not in REAL:
-        return False  # several outputs, or half precision
+    values = meta.val(node)
+    if any(not isinstance(v, torch.Tensor) or v.dtype not in REAL for v in (values if isinstance(values, (list, tuple)) else (values,))):
+        return False  # half precision
     if node.meta.get("unbacked_bindings"):
         return False  # the data decide the size: of two parts each would have a size of its own
     if node.op == "call_function":
@@ -130,12 +133,21 @@ class _Made:
     def __init__(self, build: _Undoable, context: PassContext) -> None:
         self.build = build
         self.pairs = RealPairs(build, UniformValues(context.sources))
+        self.origins: dict[fx.Node, fx.Node] = {}
+
+    def origin(self, node: fx.Node) -> fx.Node:
+        """The node whose line is that of ``node``: a view that capture took again, after a write, has none of its own."""
+        if "stack_trace" not in node.meta and node.all_input_nodes:
+            nearest = node.all_input_nodes[-1]
+            return self.origins.get(nearest, nearest)
+        return node
 
     def pairs_of(self, component: list[fx.Node]) -> bool:
         """Build the pairs; False, and nothing built, when one of the nodes cannot be one."""
         self.build.begin()
         for node in component:
-            with self.build.after(node):
+            self.origins[node] = self.origin(node)
+            with self.build.before(node.next, self.origins[node]):
                 if node.op == "get_attr":
                     parts = self.build.call(aten.view_as_real.default, node)
                     pair = tuple(self.build.call(aten.select.int, parts, -1, i) for i in (0, 1))
@@ -143,9 +155,12 @@ class _Made:
                     pair = RULES[node.target](self.pairs, node)  # type: ignore[assignment]
                 if pair is None:
                     break
-                like = meta.val(node)
-                whole = (self.pairs.whole(p, like, like.dtype) if isinstance(p, fx.Node) else p for p in pair)
-                self.pairs.pairs[node] = tuple(whole)  # type: ignore[assignment]
+                self.pairs.pairs[node] = pair  # type: ignore[assignment]
+                if isinstance(like := meta.val(node), torch.Tensor):
+                    if not self.pairs.knows_sizes(node):
+                        break
+                    whole = (self.pairs.whole(p, node, like.dtype) if isinstance(p, fx.Node) else p for p in pair)
+                    self.pairs.pairs[node] = tuple(whole)  # type: ignore[assignment]
         else:
             return True
         self.build.undo()
@@ -157,13 +172,13 @@ class _Made:
         for node in reversed(component):
             for user in list(node.users):
                 if user.target in SIZES and user.users:
-                    with self.build.before(user):
+                    with self.build.before(user, self.origin(user)):
                         user.args = (*self.pairs.read(user, 0), *user.args[1:])
                     continue
                 if user.target in READERS and not is_complex(user):
                     if node.op == "get_attr" and user.meta.get("nxfx", {}).get("made_by") == self.build.made_by:
                         continue
-                    with self.build.before(user):
+                    with self.build.before(user, self.origin(user)):
                         real = READERS[user.target](self.pairs, user)
                     user.replace_all_uses_with(real)
                     count += 1
