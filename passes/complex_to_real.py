@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from nxfx.analysis.float_ops import METADATA, op_name
@@ -12,7 +13,7 @@ from nxfx.analysis.uniform import UniformValues
 from nxfx.graph import meta
 from nxfx.graph.builder import NodeBuilder
 from nxfx.pipeline import Pass, PassContext, PassResult
-from nxfx.real_pairs import READERS, REAL, RULES, RealPairs, aten, is_complex
+from nxfx.real_pairs import READERS, REAL, RULES, SIZES, RealPairs, aten, is_complex
 from nxfx.report.rewrites import Kind
 
 
@@ -20,9 +21,10 @@ class ComplexToReal(Pass):
     """Complex arithmetic becomes arithmetic on pairs of real and imaginary parts, as in a complex rotary embedding.
 
     All of what hangs together is rewritten or none of it: from ``view_as_complex``, ``polar``, ``complex``, ``exp(1j * x)`` or a complex
-    buffer, by products, sums, quotients by something real, conjugates and whatever moves elements, to ``view_as_real``, ``real``,
-    ``imag``, ``abs`` or ``angle``. A complex buffer (``freqs_cis``) enters the graph as a real one with a last dimension of two, kept up to
-    date with the model's. What is left complex (an FFT, a complex input or output) is reported by check-constraints, NX502.
+    buffer, by products, sums, quotients, squares and cubes, exponentials, conjugates and whatever moves, chooses, writes or pads elements,
+    to ``view_as_real``, ``real``, ``imag``, ``abs`` or ``angle``. A complex buffer (``freqs_cis``) enters the graph as a real one with a
+    last dimension of two, kept up to date with the model's. What is left complex (an FFT, a matrix product, an index by booleans, a
+    complex input or output) is reported by check-constraints, NX502.
     Class: ``refines``: the same products and sums, rounded as real ones, in the dtypes of the complex ones. A product with a real number is
     two: where a complex kernel makes nan of the one part, as it multiplies an infinity in the other by the zero that it adds, none is made.
 
@@ -52,7 +54,7 @@ class ComplexToReal(Pass):
     def run(self, graph_module: fx.GraphModule, context: PassContext) -> PassResult:
         result = PassResult()
         members = [n for n in graph_module.graph.nodes if n.op != "output" and is_complex(n)]
-        build = NodeBuilder(graph_module.graph, self.name) if members else None
+        build = _Undoable(graph_module.graph, self.name) if members else None
         for component in _components(members):
             if build is None or not all(_can_be_pair(node, context) for node in component):
                 continue
@@ -89,8 +91,11 @@ def _components(members: list[fx.Node]) -> list[list[fx.Node]]:
 
 
 def _can_be_pair(node: fx.Node, context: PassContext) -> bool:
-    if meta.dtype_of(node) not in REAL:
-        return False  # several outputs, or half precision
+    values = meta.val(node)
+    if any(not isinstance(v, torch.Tensor) or v.dtype not in REAL for v in (values if isinstance(values, (list, tuple)) else (values,))):
+        return False  # half precision
+    if node.meta.get("unbacked_bindings"):
+        return False  # the data decide the size: of two parts each would have a size of its own
     if node.op == "call_function":
         known = node.target in RULES
     else:
@@ -102,21 +107,47 @@ def _can_be_pair(node: fx.Node, context: PassContext) -> bool:
 def _reads_pair(user: fx.Node) -> bool:
     if user.op != "call_function" or is_complex(user):
         return user.op == "call_function"
-    return user.target in METADATA or user.target in READERS
+    if user.target in METADATA:
+        return user.target in SIZES or not user.users  # a part is laid out otherwise
+    return user.target in READERS
+
+
+class _Undoable(NodeBuilder):
+    """A builder that can take back what it made since the last ``begin``."""
+
+    def begin(self) -> None:
+        self._made: list[fx.Node] = []
+
+    def undo(self) -> None:
+        for node in reversed(self._made):
+            self.graph.erase_node(node)
+
+    def _finish(self, node: fx.Node, value: Any) -> fx.Node:
+        self._made.append(node)
+        return super()._finish(node, value)
 
 
 class _Made:
     """One component in real numbers."""
 
-    def __init__(self, build: NodeBuilder, context: PassContext) -> None:
+    def __init__(self, build: _Undoable, context: PassContext) -> None:
         self.build = build
         self.pairs = RealPairs(build, UniformValues(context.sources))
+        self.origins: dict[fx.Node, fx.Node] = {}
+
+    def origin(self, node: fx.Node) -> fx.Node:
+        """The node whose line is that of ``node``: a view that capture took again, after a write, has none of its own."""
+        if "stack_trace" not in node.meta and node.all_input_nodes:
+            nearest = node.all_input_nodes[-1]
+            return self.origins.get(nearest, nearest)
+        return node
 
     def pairs_of(self, component: list[fx.Node]) -> bool:
         """Build the pairs; False, and nothing built, when one of the nodes cannot be one."""
-        before = set(self.build.graph.nodes)
+        self.build.begin()
         for node in component:
-            with self.build.after(node):
+            self.origins[node] = self.origin(node)
+            with self.build.before(node.next, self.origins[node]):
                 if node.op == "get_attr":
                     parts = self.build.call(aten.view_as_real.default, node)
                     pair = tuple(self.build.call(aten.select.int, parts, -1, i) for i in (0, 1))
@@ -124,13 +155,15 @@ class _Made:
                     pair = RULES[node.target](self.pairs, node)  # type: ignore[assignment]
                 if pair is None:
                     break
-                like = meta.val(node)
-                whole = (self.pairs.whole(p, like, like.dtype) if isinstance(p, fx.Node) else p for p in pair)
-                self.pairs.pairs[node] = tuple(whole)  # type: ignore[assignment]
+                self.pairs.pairs[node] = pair  # type: ignore[assignment]
+                if isinstance(like := meta.val(node), torch.Tensor):
+                    if not self.pairs.knows_sizes(node):
+                        break
+                    whole = (self.pairs.whole(p, node, like.dtype) if isinstance(p, fx.Node) else p for p in pair)
+                    self.pairs.pairs[node] = tuple(whole)  # type: ignore[assignment]
         else:
             return True
-        for made in reversed([n for n in self.build.graph.nodes if n not in before]):
-            self.build.graph.erase_node(made)
+        self.build.undo()
         return False
 
     def finish(self, component: list[fx.Node]) -> int:
@@ -138,10 +171,14 @@ class _Made:
         count = 0
         for node in reversed(component):
             for user in list(node.users):
+                if user.target in SIZES and user.users:
+                    with self.build.before(user, self.origin(user)):
+                        user.args = (*self.pairs.read(user, 0), *user.args[1:])
+                    continue
                 if user.target in READERS and not is_complex(user):
                     if node.op == "get_attr" and user.meta.get("nxfx", {}).get("made_by") == self.build.made_by:
                         continue
-                    with self.build.before(user):
+                    with self.build.before(user, self.origin(user)):
                         real = READERS[user.target](self.pairs, user)
                     user.replace_all_uses_with(real)
                     count += 1

@@ -33,7 +33,7 @@ _MOST_MULTIPLICATIONS = 1 << 24
 def operands(node: fx.Node) -> tuple[fx.Node, ...] | None:
     """The two factors of a matrix product with one term a sum, or a few, and what is added to it; None for any other."""
     if node.target is aten.einsum.default:
-        return tuple(node.args[1]) if _labels(node) is not None else None  # type: ignore[arg-type]
+        return tuple(node.args[1]) if labels_of(node) is not None else None  # type: ignore[arg-type]
     count = terms(node)
     sizes = [s for s in meta.val(node).shape if type(s) is int] if count is not None else []  # of a dynamic one nothing is known
     if count is None or not 1 <= count <= FEW or (count > 1 and count * math.prod(sizes) > _MOST_MULTIPLICATIONS):
@@ -50,12 +50,12 @@ def factors(node: fx.Node) -> tuple[Any, Any]:
 
 def spread(build: NodeBuilder, node: fx.Node) -> fx.Node:
     """Replace the product ``node``, which has one term a sum, by a broadcast ``mul`` of the same shape and strides."""
-    labels, pair = _labels(node), operands(node)
+    labels, pair = labels_of(node), operands(node)
     if labels is None or pair is None:
         return spread_terms(build, node)
     a, b = pair
     with build.before(node):
-        product = build.call(aten.mul.Tensor, _aligned(build, a, labels[0], labels[2]), _aligned(build, b, labels[1], labels[2]))
+        product = build.call(aten.mul.Tensor, aligned(build, a, labels[0], labels[2]), aligned(build, b, labels[1], labels[2]))
     return _replaced(build, node, product)
 
 
@@ -103,7 +103,7 @@ def _addend(node: fx.Node) -> fx.Node | None:
     return added if isinstance(added, fx.Node) else None
 
 
-def _labels(node: fx.Node) -> tuple[str, str, str] | None:
+def labels_of(node: fx.Node) -> tuple[str, str, str] | None:
     """``("i", "j", "ij")`` for an einsum of two operands that sums over nothing; an ellipsis gets letters of its own."""
     if node.target is not aten.einsum.default:
         return None
@@ -123,7 +123,7 @@ def _labels(node: fx.Node) -> tuple[str, str, str] | None:
     return (left, right, output) if set(left) | set(right) == set(output) else None
 
 
-def _aligned(build: NodeBuilder, node: fx.Node, labels: str, output: str) -> fx.Node:
+def aligned(build: NodeBuilder, node: fx.Node, labels: str, output: str) -> fx.Node:
     order = sorted(range(len(labels)), key=lambda i: output.index(labels[i]))
     if order != sorted(order):
         node = build.call(aten.permute.default, node, order)
