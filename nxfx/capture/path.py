@@ -262,6 +262,7 @@ def _normal_form(program: torch.export.ExportedProgram) -> torch.export.Exported
     check_writes(program)
     # Under autocast the captured ops stand as the model wrote them: only a retrace puts the casts into the graph.
     if autocast_state() is not None or normalise.needs_functionalisation(program.graph_module):
+        normalise.spell_out_copies(program.graph_module)
         with traces_in_regions():
             retraced: torch.export.ExportedProgram = program.run_decompositions({})
         lend_traces(retraced.graph_module)
