@@ -162,6 +162,52 @@ def test_rebinding_a_buffer_to_the_same_kind() -> None:
     agree(lambda: Fn(lambda s, x: (setattr(s, "b", s.b + 1), x + s.b)[1], b=torch.zeros(3)), v3, v3)
 
 
+OVERWRITES: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "the buffer": lambda s, x: s.b.copy_(x * 1.1),
+    "a number": lambda s, x: s.b.copy_(x[0] * 1.1),
+    "in parts": lambda s, x: s.b[1:].copy_(x[1:] * 1.1),
+    "through detach": lambda s, x: s.b.detach().copy_(x * 1.1),
+    "read between": lambda s, x: s.b.copy_((s.b.copy_(x * 1.1) * 3).double() / 7),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64], ids=str)
+@pytest.mark.parametrize("overwrite", OVERWRITES.values(), ids=OVERWRITES)
+def test_what_overwrites_a_buffer_is_read_again_as_it_was_stored(overwrite: Any, dtype: torch.dtype) -> None:
+    def forward(s: Any, x: torch.Tensor) -> torch.Tensor:
+        overwrite(s, x)
+        return s.b * 3
+
+    agree(lambda: Fn(forward, b=torch.zeros(3, dtype=dtype)), v3, v3)
+
+
+def test_an_overwritten_buffer_keeps_its_size_when_others_are_dynamic() -> None:
+    model = Fn(lambda s, x: (s.b.copy_(x.sum(0)), x + s.b)[1], b=torch.zeros(4, dtype=torch.bfloat16))
+    rows = torch.export.Dim("rows", min=2, max=9)
+    prepared = nxfx.prepare(model, m34(), dynamic_shapes={"args": ({0: rows},)})
+    for count in (3, 7):
+        x = R(count, 4)
+        same(copy.deepcopy(model)(x), prepared(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_longrope_of_transformers_in_any_precision(dtype: torch.dtype) -> None:
+    """Its table of frequencies is overwritten by the long or the short one, computed in float32 or rounded with the model."""
+    phi3 = pytest.importorskip("transformers.models.phi3.modeling_phi3")
+    factors = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.3, 2.6, 2.9]}
+    config = phi3.Phi3Config(
+        hidden_size=64, num_attention_heads=8, original_max_position_embeddings=16, max_position_embeddings=64, pad_token_id=0,
+        rope_scaling={"type": "longrope", **factors},
+    )  # fmt: skip
+    eager, model = (phi3.Phi3RotaryEmbedding(config).to(dtype) for _ in range(2))
+    exact = nxfx.Pipeline.default().without("lift-int-casts")
+    prepared = nxfx.prepare(model, (R(1, 8, 64).to(dtype), torch.arange(8)[None]), pipeline=exact, verify_each=True)
+    for start in (0, 20, 3):
+        args = R(1, 8, 64).to(dtype), torch.arange(8)[None] + start
+        same(eager(*args), prepared(*args))
+        same(eager.inv_freq, model.inv_freq)
+
+
 def test_a_written_parameter() -> None:
     agree(lambda: nn.Embedding(5, 3, max_norm=0.5), lambda: (torch.tensor([1, 2, 1]),), lambda: (torch.tensor([4, 2, 0]),))
 

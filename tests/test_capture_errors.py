@@ -414,6 +414,33 @@ def test_what_cannot_be_traced_is_named(function: Any, construct: str) -> None:
     check(translate(refused(Model(function), (X,))), construct, "NX409", function)
 
 
+def own_generator(x: Tensor) -> Tensor:
+    return x + torch.randn(x.shape, generator=GENERATOR)  # >>>
+
+
+def packed_weights(x: Tensor) -> Any:
+    return torch.ops.quantized.linear_dynamic(x, PACKED)  # >>>
+
+
+GENERATOR = torch.Generator()
+PACKED = torch.ops.quantized.linear_prepack(torch.quantize_per_tensor(torch.ones(4, 3), 0.1, 0, torch.qint8), None)
+OBJECTS = [(own_generator, "a torch.Generator in forward", "NX405"), (packed_weights, "a TorchScript object", "NX409")]
+
+
+@pytest.mark.parametrize(("function", "construct", "code"), OBJECTS, ids=[_ids(c) for c in OBJECTS])
+def test_an_object_that_an_operator_takes_is_named(function: Any, construct: str, code: str) -> None:
+    """torch.export makes it an input of the graph, which no compiler takes."""
+    with pytest.raises(CaptureError) as caught:
+        nxfx.prepare(Model(function), (X,))
+    check(caught.value, construct, code, function)
+
+
+def test_a_generator_that_no_operator_takes_is_no_matter() -> None:
+    model = Model(lambda x: x + 1)
+    model.generator = torch.Generator()
+    assert torch.equal(nxfx.prepare(model, (X,))(X), X + 1)
+
+
 def test_a_custom_autograd_function_is_named_by_the_line_inside_it() -> None:
     error = translate(refused(Model(InNumpy.apply), (X,)))
     check(error, ".numpy() of a tensor", "NX402", InNumpy)

@@ -425,6 +425,37 @@ def test_random_numbers_on_one_side_stay() -> None:
     assert "one side draws random numbers (rand)" in reason(model)
 
 
+# --- sides of different dtypes ---------------------------------------------------------------------------------------
+
+
+def tables_of_two_dtypes(m: Any, x: Tensor, f: Tensor, low: torch.dtype) -> Tensor:
+    table = x.exp() if f[0] else x.to(low).exp()
+    return (table.float() * 1.1).cos()
+
+
+def tables_of_two_dtypes_rounded(m: Any, x: Tensor, f: Tensor, low: torch.dtype) -> Tensor:
+    table = x.exp() if f[0] else x.to(low).exp()
+    return (table.to(low) * 1.1).cos()
+
+
+def buffer_overwritten_with_another_dtype(m: Any, x: Tensor, f: Tensor, low: torch.dtype) -> Tensor:
+    state = m.state.to(low)
+    if f[0]:
+        state.copy_(x.exp())
+    if f[1]:
+        m.state.copy_(state * 1.1)
+    return (state * 1.1).cos() + m.state
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "function", [tables_of_two_dtypes, tables_of_two_dtypes_rounded, buffer_overwritten_with_another_dtype], ids=lambda f: f.__name__
+)
+def test_sides_of_different_dtypes_meet_where_each_is_cast(function: Callable[..., Any], low: torch.dtype) -> None:
+    """One side is float32 and the other is not: each is read as its own path has it, never promoted to the other's dtype."""
+    merged(lambda m, x, f: function(m, x, f, low), 2)
+
+
 # --- what stays, and why ---------------------------------------------------------------------------------------------
 
 

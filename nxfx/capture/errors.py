@@ -66,18 +66,31 @@ def lost_tensor(program: torch.export.ExportedProgram, *, model_name: str = "") 
     placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     for spec in program.graph_signature.input_specs:
         if spec.target is not None and isinstance(program.constants.get(spec.target), FakeTensor):
-            location = locate(placeholders[spec.arg.name])
             found = Diagnosis(LOST_TENSOR.construct, Advice(LOST_TENSOR.code, LOST_TENSOR.becomes, LOST_TENSOR.fix))
-            site = Site(location, location, Construct()) if location.file else None
-            return _capture_error(None, found, site, model_name)
+            return _refused_at(placeholders[spec.arg.name], found, model_name)
+    return None
+
+
+def foreign_object(program: torch.export.ExportedProgram, *, model_name: str = "") -> CaptureError | None:
+    """An object that is no tensor but an input of ``program``'s graph: a ``torch.Generator`` (from torch 2.13 on), a TorchScript object."""
+    placeholders = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    for spec in program.graph_signature.input_specs:
+        if spec.kind.name == "CUSTOM_OBJ":
+            held, placeholder = program.constants.get(str(spec.target)), placeholders[spec.arg.name]
+            text = f"{type(held)}: {held}"
+            found = next(filter(None, (rule.diagnose(text) for rule in RULES)), None) or _unknown(TypeError(text))
+            return _refused_at(next(iter(placeholder.users), placeholder), found, model_name)
     return None
 
 
 def refused_write(node: fx.Node, construct: str, fix: str) -> CaptureError:
     """The error for a write in a captured graph that eager refuses, or that means nothing certain."""
+    return _refused_at(node, Diagnosis(construct, Advice("NX201", _AS_EAGER, fix)), "")
+
+
+def _refused_at(node: fx.Node, found: Diagnosis, model_name: str) -> CaptureError:
     location = locate(node)
-    site = Site(location, location, Construct()) if location.file else None
-    return _capture_error(None, Diagnosis(construct, Advice("NX201", _AS_EAGER, fix)), site, "")
+    return _capture_error(None, found, Site(location, location, Construct()) if location.file else None, model_name)
 
 
 def _capture_error(error: BaseException | None, found: Diagnosis, site: Site | None, model_name: str) -> CaptureError:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from nxfx.capture.masks import same_size
 from nxfx.graph import meta, walk
 from nxfx.graph.builder import NodeBuilder
 
@@ -46,6 +47,25 @@ def needs_functionalisation(gm: fx.GraphModule) -> bool:
             if node.target not in _LOCAL and not _is_normal(node.target):
                 return True
     return False
+
+
+def spell_out_copies(gm: fx.GraphModule) -> None:
+    """Bring what ``copy_`` copies to the dtype, shape and device of what it overwrites.
+
+    ``run_decompositions`` puts the source of a copy that ends in a buffer in the buffer's place as it is, with no cast and no
+    expansion (torch 2.9 to 2.13, ``_remove_unneccessary_copy_op_pass``): the rest would read what was never stored.
+    """
+    for scope in walk.scopes(gm):
+        build = NodeBuilder(scope.graph_module.graph, "capture")
+        for node in scope.graph_module.graph.find_nodes(op="call_function", target=aten.copy_.default, sort=False):
+            target, source = node.args[:2]
+            kept, new = meta.val(target), meta.val(source)
+            with build.before(node):
+                if new.dtype != kept.dtype or new.device != kept.device:
+                    source = build.call(aten._to_copy.default, source, dtype=kept.dtype, device=kept.device)
+                if len(new.shape) != len(kept.shape) or not all(map(same_size, new.shape, kept.shape)):
+                    source = build.call(aten.expand_as.default, source, target)
+            node.args = (target, source, *node.args[2:])
 
 
 def normalise(gm: fx.GraphModule) -> None:

@@ -151,7 +151,7 @@ class Tracer:
         name = type(self.model).__name__
         try:
             with _quiet(self.training):
-                program = _normal_form(program)
+                program = _normal_form(program, name)
         except CaptureError:
             raise
         except Exception as error:
@@ -248,20 +248,21 @@ def _strictly(
         torchs_log.setLevel(logging.CRITICAL)
         with _quiet(False):
             program, shell = export_strict(model, convention, tuple(flat.leaves), shapes)
-            return None if state.changes() else (_normal_form(program), shell)
+            return None if state.changes() else (_normal_form(program, type(model).__name__), shell)
     except Exception:  # the first refusal is the one to be told
         return None
     finally:
         torchs_log.setLevel(level)
 
 
-def _normal_form(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    lost = errors.lost_tensor(program)
-    if lost is not None:
-        raise lost
+def _normal_form(program: torch.export.ExportedProgram, model_name: str) -> torch.export.ExportedProgram:
+    refused = errors.lost_tensor(program, model_name=model_name) or errors.foreign_object(program, model_name=model_name)
+    if refused is not None:
+        raise refused
     check_writes(program)
     # Under autocast the captured ops stand as the model wrote them: only a retrace puts the casts into the graph.
     if autocast_state() is not None or normalise.needs_functionalisation(program.graph_module):
+        normalise.spell_out_copies(program.graph_module)
         with traces_in_regions():
             retraced: torch.export.ExportedProgram = program.run_decompositions({})
         lend_traces(retraced.graph_module)

@@ -206,7 +206,7 @@ _OPERATORS = (
     _rule(
         r"class 'torch\._C\.Generator'|opaque object was created",
         construct="a torch.Generator in forward",
-        fix="draw the noise outside and pass it in as an input",
+        fix="leave generator= out, or draw the noise outside and pass it in as an input",
         becomes=advice.RANDOM,
         code="NX405",
     ),
