@@ -435,6 +435,34 @@ def test_an_object_that_an_operator_takes_is_named(function: Any, construct: str
     check(caught.value, construct, code, function)
 
 
+def data_of_a_buffer(model: Any, x: Tensor) -> Any:
+    model.held.data = x  # >>>
+    return model.held * 2
+
+
+def data_of_a_value(model: Any, x: Tensor) -> Any:
+    y = x * 1
+    y.data = x + 1  # >>>
+    return y * 2
+
+
+@pytest.mark.parametrize("function", [data_of_a_buffer, data_of_a_value])
+def test_data_that_is_assigned_is_refused(function: Any) -> None:
+    """torch.export goes on with what the tensor held before, and says nothing."""
+
+    class Holder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("held", torch.zeros(4, 3))
+
+        def forward(self, x: Tensor) -> Any:
+            return function(self, x)
+
+    with pytest.raises(CaptureError) as caught:
+        nxfx.prepare(Holder(), (torch.ones(4, 3),))
+    check(caught.value, "an assignment to .data", "NX409", function)
+
+
 def test_a_generator_that_no_operator_takes_is_no_matter() -> None:
     model = Model(lambda x: x + 1)
     model.generator = torch.Generator()

@@ -3,7 +3,7 @@
 A write through ``expand`` comes back as ``base + (written - base)``, which is not the written value for ``inf`` or a large
 base; one through ``unfold`` clears what lies between the windows; ``fill_diagonal_`` writes through ``as_strided``, which is
 refused on a view. But ``mask.expand(1, -1, -1)`` of a batch of one repeats nothing, windows that do not overlap are a dim
-split in two, and a diagonal is a view of its own.
+split in two, and a diagonal is a view of its own. What cannot be followed at all is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 
 from nxfx.capture import trace
 from nxfx.capture.session import Session
+
+DATA_ASSIGNED = "an assignment to .data"
 
 
 def on_expand(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,7 +60,18 @@ def on_fill_diagonal(session: Session, function: Any, args: tuple[Any, ...], kwa
     return base
 
 
+def on_data_assigned(session: Session, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``tensor.data = value``: the tracer goes on with what the tensor was."""
+    raise session.refuse(
+        "NX409",
+        DATA_ASSIGNED,
+        "`.data` of a tensor is assigned: tracing cannot follow it, and goes on with what the tensor held before",
+        "with torch.no_grad(): tensor.copy_(value), or assign the tensor itself",
+    )
+
+
 HANDLERS = {
+    torch.Tensor.data.__set__: on_data_assigned,  # type: ignore[attr-defined]
     torch.Tensor.expand: on_expand,
     torch.Tensor.expand_as: on_expand,
     torch.Tensor.broadcast_to: on_expand,

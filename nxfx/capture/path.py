@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from nxfx.analysis.provenance import Source
-from nxfx.capture import branches, errors, normalise
+from nxfx.capture import branches, errors, memory, normalise
 from nxfx.capture.counters import Count
 from nxfx.capture.found_positions import drop_unused
 from nxfx.capture.frames import lend_traces, traces_in_regions, whole_traces
@@ -138,7 +138,8 @@ class Tracer:
     ) -> tuple[torch.export.ExportedProgram, StrictShell]:
         """Strict export where that helps; the one error for what the session saw where it does not."""
         self._refuse_shared_memory(error)
-        hopeless = session.sites or shell.slots or self.training or isinstance(error, RegisteredMisfit)
+        is_lost = isinstance(error, CaptureError) and error.construct == memory.DATA_ASSIGNED  # Dynamo takes it for a local change
+        hopeless = session.sites or shell.slots or self.training or is_lost or isinstance(error, RegisteredMisfit)
         fallback = None if hopeless else _strictly(self.model, convention, self.flat, self.shapes, state)
         if fallback is not None:
             return fallback
