@@ -38,9 +38,10 @@ class LiftIntCasts(Pass):
     """Integers beyond a low-precision float's exact range are not rounded before they are used.
 
     Every conversion of an integer to bf16, fp16 or fp8, written or hidden in a type promotion, becomes one to float32
-    unless its range is exactly representable. What is computed from it stays float32 until it meets an activation, an
-    output or an op that is not listed; there it is cast back to the dtype the model had, once per value. So does what
-    low precision rounds before sin, exp, floor and the like magnify the error. Matrix products of such values with
+    unless its range is exactly representable. What is computed from it, by any op that makes floats of its operands
+    alone, stays float32 until it meets an activation, an output, a large matrix product or a higher-order op; there it is
+    cast back to the dtype the model had, once per value. So does what low precision rounds before sin, exp, floor and the
+    like magnify the error, and sums of ones that low precision stops counting. Matrix products of such values with
     one term a sum, or a few, become broadcast products, which no auto-cast rounds. Class: ``refines``; a sum of a few
     products is ``reassociated``. Other matrix products of such values are named in ``report.compiler_args``.
 
@@ -66,10 +67,10 @@ class LiftIntCasts(Pass):
     Low-precision *tables* (a rounded ``inv_freq``) cannot be restored here: NX102 gives the error, and
     ``prepare(recompute_tables=True)`` computes again those whose module can. Who takes a rounded value in float32
     (``angles.float()``, a float32 activation that promotes it) is given it unrounded. Where positions meet an activation before a
-    sine it is NX103. An integer that meets
-    an activation at once (``hidden * attention_mask``) stays as it is, NX101: lifting would cast the activation up
-    and down to gain half a unit in the last place at most, and nothing for a 0/1 mask. Roundings of one integer that
-    cancel (``h - low(p) + (low(p) + 1)``) stay together.
+    sine, a step or a sampled grid it is NX103. An integer that meets an activation at once (``hidden * attention_mask``)
+    stays as it is, NX101: lifting would cast the activation up and down to gain half a unit in the last place at most, and
+    nothing for a 0/1 mask. Roundings of one integer that cancel (``h - low(p) + (low(p) + 1)``) stay together; what is
+    given to a ``torch.cond`` rounded is left rounded outside of it too.
     """
 
     name = "lift-int-casts"
