@@ -85,12 +85,12 @@ CASES = {
     ),
     "cholesky": Case(lambda a: torch.linalg.cholesky(a), (torch.eye(4),), "NX501", "NCC_EVRF001", "warning", fixed=lambda a: a.sqrt()),
     "complex": Case(
-        lambda a, b: torch.view_as_real(1 / torch.polar(a, b)), (X.abs(), X), "NX502", "NCC_EVRF004", target=Target("trn2", "2.31"),
-        fixed=lambda a, b: torch.stack([b.cos() / a, -b.sin() / a], -1),
+        lambda a, b: torch.view_as_real(torch.polar(a, b).sqrt()), (X.abs(), X), "NX502", "NCC_EVRF004", target=Target("trn2", "2.31"),
+        fixed=lambda a, b: a.sqrt()[..., None] * torch.stack([(b / 2).cos(), (b / 2).sin()], -1),
     ),
     "complex-2.32": Case(
-        lambda a, b: torch.view_as_real(1 / torch.polar(a, b)), (X.abs(), X), "NX502", "NCC_EVRF004", "warning", Target("trn2", "2.32"),
-        fixed=lambda a, b: torch.stack([b.cos() / a, -b.sin() / a], -1),
+        lambda a, b: torch.view_as_real(torch.polar(a, b).sqrt()), (X.abs(), X), "NX502", "NCC_EVRF004", "warning", Target("trn2", "2.32"),
+        fixed=lambda a, b: a.sqrt()[..., None] * torch.stack([(b / 2).cos(), (b / 2).sin()], -1),
     ),
     "fft": Case(lambda a: torch.fft.rfft(a).abs(), (X,), "NX502", "NCC_EVRF004", target=Target("inf2", "2.26"), fixed=lambda a: a.abs()),
     "e4m3fn": Case(

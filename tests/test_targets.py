@@ -162,7 +162,7 @@ class Mixed(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, low: torch.Tensor, ids: torch.Tensor) -> Any:
         left, right = self.linear(x).chunk(2, -1)
-        turned = torch.view_as_real(1 / torch.polar(left, right))
+        turned = torch.view_as_real(torch.polar(left, right).sqrt())
         hashed = (ids * 2654435761) % 1024
         ordered = torch.sort(x.masked_fill(x > 0, float("-inf"))).values
         small = x.to(torch.float8_e4m3fn).to(torch.float32)
