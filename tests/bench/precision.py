@@ -157,7 +157,7 @@ Made by `python tests/bench/precision.py --write`, which fails where prepared is
 auto-casts are [emulated](autocast.md). Errors are against float64: mean (largest).
 """
 SLOWER = """Before and after lift-int-casts and finite-masks, both graphs compiled alike. The widths are those of the corpus, tiny, on
-sequences of 240: the rotary's share is larger than in any real model. Calls of both take turns for 20 seconds; the figure is the median of
+sequences of 240: the rotary's share is larger than in any real model. Calls of both take turns for 8 seconds; the figure is the median of
 the ratios of neighbouring calls in processor time, after over before, with the 95 % interval of that median.
 """
 BARE = """

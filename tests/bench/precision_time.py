@@ -46,7 +46,7 @@ class Ratio(NamedTuple):
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def ratio(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str, seconds: float = 20.0) -> Ratio:
+def ratio(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], backend: str, seconds: float = 8.0) -> Ratio:
     """The time after lift-int-casts and finite-masks over that before them, measured for so long."""
     prepared = [nxfx.prepare(model, args, corpus.clone(kwargs), pipeline=p) for p in PIPELINES]
     before, after = (_compiled(each, backend) for each in prepared)  # which moves the model's own weights, so after both
